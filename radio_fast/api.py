@@ -1,0 +1,255 @@
+"""`load`: the way to get a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from radio_fast import hf
+from radio_fast.checkpoint import MappedRange, read_checkpoint, state_of_checkpoint
+from radio_fast.download import fetch_version
+from radio_fast.errors import CheckpointError
+from radio_fast.layers.conditioner import InputConditioner
+from radio_fast.model import RADIOModel
+from radio_fast.models.adaptors import Adaptor, build_head, canonical_head
+from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
+from radio_fast.models.registry import Version, ViTDet, find_version, unknown_version
+from radio_fast.models.spec import ViTSpec, spec_of_version
+from radio_fast.models.vit import VisionTransformer
+from radio_fast.models.weights import ModelState, fill
+from radio_fast.runtime import resolve_backend, resolve_device, resolve_dtype
+
+
+def load(
+    version: str | os.PathLike | None = "",
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | str | None = None,
+    adaptor_names: str | Sequence[str] | None = None,
+    vitdet_window_size: int | None = None,
+    progress: bool = True,
+    return_checkpoint: bool = False,
+    backend: str = "auto",
+    cache_dir: str | os.PathLike | None = None,
+    sha256: str | None = None,
+    timeout: float = 10.0,
+    random_init: bool = False,
+    seed: int = 0,
+) -> RADIOModel | tuple[RADIOModel, dict[str, Any]]:
+    """A RADIO model in eval mode, its parameters without gradients.
+
+    Args:
+        version: a version name (`radio_fast.versions()`; "" is the default one), a checkpoint file's path, or a local
+            Hugging Face folder.
+        checkpoint: a checkpoint file to use for the version named, instead of downloading its weights; the version's
+            resolutions and ViTDet entry then apply.
+        device: where the model goes; the CPU if None.
+        dtype: float32, float16 or bfloat16, as torch dtype or name, for the whole model but the input normalisation.
+            None: the backbone as its file says (float32, bfloat16 for radio_v2.1), the adaptors float32.
+        adaptor_names: one or more of the checkpoint's adaptors; the model then returns a dict. None: none, or those a
+            Hugging Face folder's config names; an empty list: none.
+        vitdet_window_size: attend inside windows of this many patches a side, but for a few global blocks.
+        progress: show a bar while downloading.
+        return_checkpoint: return (model, the checkpoint's dict) instead; of a Hugging Face folder, its config.
+        backend: "auto" or "reference" (plain PyTorch).
+        cache_dir: where downloads are kept; the environment's RADIO_FAST_CACHE or ~/.cache/radio_fast if None.
+        sha256: refuse a download with another hash.
+        timeout: seconds to wait for the server of a download.
+        random_init: seeded random weights of the version's full-size architecture; the features carry no meaning.
+        seed: for `random_init`.
+
+    Raises:
+        ValueError: an argument is off; the message names the legal values.
+        CheckpointError: the file is damaged, refused, or not a RADIO ViT.
+        DownloadError: the weights are neither in the cache nor to be had.
+    """
+    backend = resolve_backend(backend)
+    target, forced_dtype = resolve_device(device), resolve_dtype(dtype)
+    row, source = _locate(version, checkpoint)
+    if row is not None and row.is_eradio:
+        raise ValueError(
+            f"{row.name} is an E-RADIO model, which this version of radio_fast does not run; only the ViTs"
+        )
+    if row is not None and vitdet_window_size is not None and row.vitdet is None:
+        raise ValueError(f"{row.name} has no ViTDet mode: load it without vitdet_window_size")
+    rule = row.vitdet if row is not None and row.vitdet is not None else ViTDet()
+
+    if random_init:
+        if source is not None or row is None:
+            raise ValueError("random_init takes a version name, not a checkpoint")
+        if adaptor_names or return_checkpoint:
+            raise ValueError("random_init makes the backbone alone: it has no adaptors and no checkpoint")
+        vit = _random_vit(spec_of_version(row), seed, target, forced_dtype or getattr(torch, row.dtype))
+        if vitdet_window_size is not None:
+            vit.set_vitdet(vitdet_window_size, rule)
+        return RADIOModel(vit, InputConditioner().to(target), version=row, backend=backend).eval()
+
+    if source is None:
+        source = fetch_version(row, cache_dir=cache_dir, progress=progress, sha256=sha256, timeout=timeout)
+    # Made under inference mode, the parameters could never be used with autograd again.
+    with torch.inference_mode(False), torch.no_grad():
+        release = _keep
+        if source.is_dir():
+            state, content = hf.read_folder(source)
+        else:
+            content = read_checkpoint(source)
+            state = state_of_checkpoint(content)
+            mapped = MappedRange(t for t in _tensors_of(content) if isinstance(t, Tensor))
+            mapped.release_all()
+            release = mapped.release
+        model = _build(state, adaptor_names, target, forced_dtype, row, backend, release)
+        if vitdet_window_size is not None:
+            model.model.set_vitdet(vitdet_window_size, rule)
+    return (model, content) if return_checkpoint else model
+
+
+def _keep(tensor: Tensor) -> None:
+    """Tensors that are not mapped from a file have no pages to give back."""
+
+
+def _tensors_of(content: dict[str, Any]) -> list:
+    return [value for name in ("state_dict", "state_dict_ema") for value in (content.get(name) or {}).values()]
+
+
+def _locate(
+    version: str | os.PathLike | None, checkpoint: str | os.PathLike | None
+) -> tuple[Version | None, Path | None]:
+    """The registry row (None for a bare file) and the file or folder to read (None: to be downloaded).
+
+    Raises:
+        ValueError: a version that is neither known nor a path.
+        FileNotFoundError: a path where nothing is.
+    """
+    if version is not None and not isinstance(version, (str, os.PathLike)):
+        raise ValueError(f"version must be a name or a path, got {type(version).__name__}")
+    if checkpoint is not None:
+        path = Path(checkpoint).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        row = find_version(version) if version and isinstance(version, str) else None
+        if version and row is None:
+            raise unknown_version(str(version))
+        return row, path
+    if version is None or isinstance(version, str):
+        row = find_version(version)
+        if row is not None:
+            return row, None
+    path = Path(version).expanduser()
+    if path.exists():
+        return None, path
+    name = str(version)
+    if isinstance(version, os.PathLike) or name.endswith((".tar", ".pth", ".pt")) or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if name.count("/") == 1:
+        raise ValueError(
+            f"{name!r} is neither a version nor a file here. A Hugging Face repository has to be downloaded first "
+            f"(`hf download {name} --local-dir FOLDER`); then load FOLDER"
+        )
+    raise unknown_version(name)
+
+
+def chosen_adaptors(state: ModelState, adaptor_names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The adaptor names asked for, each once.
+
+    Raises:
+        ValueError: a name the checkpoint has no adaptor for; the message lists those it has.
+    """
+    if adaptor_names is None:
+        adaptor_names = state.default_adaptors
+    names = (adaptor_names,) if isinstance(adaptor_names, str) else tuple(dict.fromkeys(adaptor_names))
+    for name in names:
+        if name not in state.heads:
+            known = ", ".join(map(repr, state.heads)) or "none at all"
+            raise ValueError(f"unknown adaptor {name!r}: this checkpoint has {known}")
+        if not isinstance(name, str) or "." in name or name == "backbone" or hasattr(nn.ModuleDict, name):
+            raise CheckpointError(f"the checkpoint names an adaptor {name!r}, which can't be used as a name")
+    return names
+
+
+def _build(
+    state: ModelState,
+    adaptor_names: str | Sequence[str] | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    row: Version | None,
+    backend: str,
+    release: Callable[[Tensor], None],
+) -> RADIOModel:
+    spec = state.spec()
+    names = chosen_adaptors(state, adaptor_names)
+    backbone_dtype = dtype or state.args["dtype"]
+    with torch.device("meta"):
+        vit = VisionTransformer(spec)
+    fill(vit, state.backbone, "", device, backbone_dtype, release)
+
+    conditioner = InputConditioner()
+    fill(conditioner, dict(state.conditioner), "input_conditioner.", device, torch.float32)
+    adaptors = {name: _adaptor(state, spec, name, device, dtype or torch.float32, release) for name in names}
+    normalizers = {}
+    if state.feature_normalizer:
+        normalizers["feature_normalizer"] = FeatureNormalizer(spec.embed_dim)
+    if state.inter_feature_normalizer:
+        rotation = state.inter_feature_normalizer.get("rotation")
+        per_block = rotation is not None and rotation.ndim == 3
+        normalizers["inter_feature_normalizer"] = IntermediateFeatureNormalizer(spec.depth, spec.embed_dim, per_block)
+    for name, module in normalizers.items():
+        fill(module, getattr(state, name), f"{name}.", device, backbone_dtype, release)
+    return RADIOModel(vit, conditioner, adaptors, **normalizers, version=row, backend=backend).to(device).eval()
+
+
+def _adaptor(
+    state: ModelState, spec: ViTSpec, name: str, device: torch.device, dtype: torch.dtype, release: Callable
+) -> Adaptor:
+    teachers = state.args["teachers"] or []
+    index, teacher = next((i, t) for i, t in enumerate(teachers) if t["name"] == name)
+    slot = teacher.get("token_slot")
+    if slot is None:
+        slot = index if state.args["cls_token_per_teacher"] else 0
+    upsample = teacher.get("fd_upsample_factor") or 1
+    if not isinstance(slot, int) or not 0 <= slot < spec.num_prefix:
+        raise CheckpointError(
+            f"adaptor {name!r}: token_slot must be one of the {spec.num_prefix} prefix tokens, got {slot!r}"
+        )
+    if not isinstance(upsample, int) or not 1 <= upsample <= 16:
+        raise CheckpointError(f"adaptor {name!r}: fd_upsample_factor must lie in 1…16, got {upsample!r}")
+    heads = []
+    for kind, tensors in zip(("head_mlp", "feat_mlp"), state.heads[name], strict=True):
+        try:
+            tensors = canonical_head(tensors)
+            with torch.device("meta"):
+                head = build_head(tensors)
+        except (KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"adaptor {name!r}: its {kind} is incomplete or of no known kind ({error})"
+            ) from error
+        fill(head, tensors, f"adaptors.{name}.{kind}.", device, dtype, release)
+        heads.append(head)
+    return Adaptor(*heads, token_slot=slot, upsample=upsample)
+
+
+def _random_vit(spec: ViTSpec, seed: int, device: torch.device, dtype: torch.dtype) -> VisionTransformer:
+    """Weights of standard deviation 0.02, norms at identity, biases and LayerScale small but not neutral."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.device("meta"):
+            vit = VisionTransformer(spec)
+        state = {}
+        for name, empty in vit.named_parameters():
+            value = torch.empty(empty.shape)
+            if name.endswith(("norm1.weight", "norm2.weight", "norm.weight")):
+                value.fill_(1.0)
+            elif name.endswith(".gamma"):
+                value.fill_(0.1)
+            elif name.endswith(".alpha"):
+                value.fill_(0.5)
+            else:
+                value.normal_(std=0.02, generator=generator)
+            state[name] = value
+        fill(vit, state, "", device, dtype)
+    return vit

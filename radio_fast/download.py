@@ -1,0 +1,150 @@
+"""Fetch released checkpoints: resumed where they broke off, hash-checked, complete under their name or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from radio_fast.models.registry import Version
+
+logger = logging.getLogger(__name__)
+
+
+class DownloadError(RuntimeError):
+    """Weights that could not be fetched; the message says why and what else can be done."""
+
+
+def default_cache_dir() -> Path:
+    """RADIO_FAST_CACHE, else `radio_fast` under XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("RADIO_FAST_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "radio_fast"
+
+
+def fetch_version(
+    version: Version,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    sha256: str | None = None,
+    timeout: float = 10.0,
+) -> Path:
+    """The version's checkpoint file, downloaded unless the cache has it.
+
+    Raises:
+        DownloadError: it is not in the cache and the server can't be reached, or what came has another hash.
+    """
+    from huggingface_hub import hf_hub_url
+
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    url = hf_hub_url(f"nvidia/{version.repo}", version.file)
+    return fetch(url, folder / version.file, progress=progress, sha256=sha256, timeout=timeout)
+
+
+def fetch(url: str, path: Path, *, progress: bool = True, sha256: str | None = None, timeout: float = 10.0) -> Path:
+    """Download `url` to `path`, unless it is there already.
+
+    The bytes go to `path.<etag>.part`; a later call goes on where this one broke off. Complete, they are hashed,
+    checked against `sha256` (else against the server's own hash, where it tells one), noted in `path.json` and only
+    then moved to `path`. A file with a wrong hash is kept aside as `path.bad-<hash>`.
+
+    Raises:
+        DownloadError: the server can't be reached or breaks off, the disk is full, or the hash is wrong.
+    """
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
+    path = Path(path)
+    if path.is_file():
+        _check_recorded(path, sha256)
+        return path
+
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():  # another process may have brought it while this one waited
+            _download(url, path, progress, sha256, timeout)
+    return path
+
+
+def _download(url: str, path: Path, progress: bool, sha256: str | None, timeout: float) -> None:
+    from urllib.parse import urlparse
+
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    instead = "give checkpoint=PATH if you have the file, or random_init=True for random weights"
+    try:
+        meta = get_hf_file_metadata(url, timeout=timeout)
+    except Exception as error:  # network, proxy, TLS, HTTP status and offline mode have no common class
+        raise DownloadError(f"{url} can't be reached ({_first_line(error)}); {instead}") from error
+
+    etag = re.sub(r"[^0-9A-Za-z]", "", meta.etag or "")[:64]
+    part = path.with_name(f"{path.name}.{etag[:16] or 'unknown'}.part")
+    done = part.stat().st_size if part.exists() else 0
+    if meta.size is not None and done > meta.size:
+        part.unlink()
+        done = 0
+    # A token for the hub must not travel on to the storage host it redirects to.
+    same_host = urlparse(url).netloc == urlparse(meta.location).netloc
+    try:
+        with part.open("ab") as file:
+            http_get(
+                meta.location,
+                file,
+                resume_size=done,
+                headers=build_hf_headers() if same_host else {},
+                expected_size=meta.size,
+                displayed_filename=path.name,
+                tqdm_class=None if progress else _silent_bar(),
+            )
+    except Exception as error:
+        kept = part.stat().st_size if part.exists() else 0
+        raise DownloadError(
+            f"the download of {url} broke off after {kept} of {meta.size} bytes ({_first_line(error)}); they are kept, "
+            f"call again to go on; or {instead}"
+        ) from error
+
+    with part.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    expected = sha256.lower() if sha256 else (etag.lower() if re.fullmatch(r"[0-9a-fA-F]{64}", etag) else None)
+    if expected is not None and digest != expected:
+        aside = path.with_name(f"{path.name}.bad-{digest[:8]}")
+        os.replace(part, aside)
+        raise DownloadError(
+            f"{url} has sha256 {digest}, expected {expected}: refused and kept aside as {aside} for inspection"
+        )
+    record = {"url": url, "size": part.stat().st_size, "sha256": digest, "verified": expected is not None}
+    sidecar = Path(f"{path}.json")
+    sidecar.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    logger.info("downloaded %s to %s, sha256 %s", url, path, digest)
+
+
+def _check_recorded(path: Path, sha256: str | None) -> None:
+    """Hold a file in the cache against the hash asked for."""
+    if sha256 is None:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256.lower():
+        raise DownloadError(f"{path} has sha256 {digest}, expected {sha256.lower()}: remove it to download it again")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _silent_bar() -> type:
+    from tqdm import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return Silent

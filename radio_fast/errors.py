@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message says what is wrong with it."""

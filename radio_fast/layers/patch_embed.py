@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from radio_fast import ops
+from radio_fast.layers.conditioner import InputConditioner
+
+
+class PosCache:
+    """Position embeddings by image size, least recently used out first, at most `max_bytes` of them.
+
+    A copied or unpickled model starts with an empty one.
+    """
+
+    def __init__(self, max_bytes: int = 128 << 20):
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.entries: OrderedDict[tuple, Tensor] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def __reduce__(self):
+        return PosCache, (self.max_bytes,)
+
+    def get(self, key: tuple) -> Tensor | None:
+        with self.lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+            return self.entries.get(key)
+
+    def put(self, key: tuple, value: Tensor) -> None:
+        size = value.numel() * value.element_size()
+        with self.lock:
+            if key in self.entries or size > self.max_bytes:
+                return
+            self.entries[key] = value
+            self.bytes += size
+            while self.bytes > self.max_bytes:
+                _, old = self.entries.popitem(last=False)
+                self.bytes -= old.numel() * old.element_size()
+
+    def clear(self) -> None:
+        with self.lock:
+            self.entries.clear()
+            self.bytes = 0
+
+
+class PrefixTokens(nn.Module):
+    """cls tokens and registers, (P, D)."""
+
+    def __init__(self, num_tokens: int, dim: int):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(num_tokens, dim))
+
+
+class PatchGenerator(nn.Module):
+    """Image → (B, P + T, D): patch projection, position by the CPE rule, prefix tokens in front.
+
+    `resize_square=False` and `fixed_size=True` are the two exceptions to the CPE rule: a table already at the
+    architecture's own image size, and a plain ViT whose image size can't change.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        patch_size: int,
+        num_positions: int,
+        num_prefix: int,
+        bias: bool = False,
+        resize_square: bool = True,
+        fixed_size: bool = False,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.resize_square = resize_square
+        self.fixed_size = fixed_size
+        self.embedder = nn.Linear(3 * patch_size**2, embed_dim, bias=bias)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
+        self.cls_token = PrefixTokens(num_prefix, embed_dim)
+        self._pos_cache = PosCache()
+
+    @property
+    def num_prefix(self) -> int:
+        return self.cls_token.token.shape[0]
+
+    @property
+    def grid_side(self) -> int:
+        """R: the position table has R × R entries."""
+        return round(self.pos_embed.shape[1] ** 0.5)
+
+    def _apply(self, fn, recurse=True):
+        self._pos_cache.clear()
+        return super()._apply(fn, recurse)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """(h·w, D), computed once per size while the table stays as it is."""
+        table = self.pos_embed
+        if torch.compiler.is_compiling() or (table.requires_grad and torch.is_grad_enabled()) or table.is_inference():
+            return ops.pos_embed(table[0], h, w, self.resize_square)
+        key = (h, w, table.data_ptr(), table._version, table.dtype, table.device)
+        pos = self._pos_cache.get(key)
+        if pos is None:
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used under autograd
+                pos = ops.pos_embed(table[0], h, w, self.resize_square)
+            self._pos_cache.put(key, pos)
+        return pos
+
+    def forward(self, image: Tensor, conditioner: nn.Module | None = None) -> Tensor:
+        mean = std = None
+        if isinstance(conditioner, InputConditioner):
+            mean, std = conditioner.norm_mean, conditioner.norm_std
+        elif conditioner is not None:
+            image = conditioner(image)
+        h, w = (side // self.patch_size for side in image.shape[2:])
+        weight, bias, prefix = self.embedder.weight, self.embedder.bias, self.cls_token.token
+        return ops.patch_embed(image, weight, bias, self.positions(h, w), prefix, self.patch_size, mean, std)

@@ -1,0 +1,250 @@
+"""RADIOModel: the public module. Image in, `RadioOutput(summary, features)` out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from radio_fast.layers.conditioner import InputConditioner
+from radio_fast.models.adaptors import Adaptor, to_nchw
+from radio_fast.models.intermediates import collect_intermediates
+from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
+from radio_fast.models.registry import Resolution, Version
+from radio_fast.models.vit import VisionTransformer
+
+FEATURE_FORMATS = ("NLC", "NCHW")
+
+
+class RadioOutput(NamedTuple):
+    """summary (B, S·D) and features, (B, T, D) for "NLC" or (B, D, h, w) for "NCHW"."""
+
+    summary: Tensor
+    features: Tensor
+
+
+def check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, legal))}, got {value!r}")
+
+
+class RADIOModel(nn.Module):
+    """A RADIO vision foundation model (Ranzinger et al., 2024).
+
+    `model(x)` takes x (B, 3, H, W), float, RGB in [0, 1] (normalised inside), H and W multiples of
+    `min_resolution_step`, and returns `RadioOutput(summary, features)`; with adaptors a dict {"backbone": RadioOutput,
+    name: RadioOutput, …}, the adaptors' in float32. Safe to call from several threads.
+
+    Use `radio_fast.load` to make one.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        conditioner: InputConditioner | None = None,
+        adaptors: Mapping[str, Adaptor] | None = None,
+        feature_normalizer: FeatureNormalizer | None = None,
+        inter_feature_normalizer: IntermediateFeatureNormalizer | None = None,
+        version: Version | None = None,
+        backend: str = "reference",
+    ):
+        super().__init__()
+        self.input_conditioner = conditioner or InputConditioner()
+        self.model = model
+        self.adaptors = nn.ModuleDict(adaptors or {})
+        self.feature_normalizer = feature_normalizer
+        self.inter_feature_normalizer = inter_feature_normalizer
+        self.version = version
+        self.backend = backend
+        self.register_buffer("summary_idxs", torch.tensor(model.spec.summary_idxs))
+        self._resolutions: tuple[int | None, Resolution | None] = (
+            (version.max_resolution, version.preferred_resolution) if version else (None, None)
+        )
+
+    # -- properties -------------------------------------------------------------------------------------------------
+
+    @property
+    def patch_size(self) -> int:
+        """p, in pixels."""
+        return self.model.spec.patch_size
+
+    @property
+    def max_resolution(self) -> int | None:
+        """The longest side seen in training, in pixels; None for a file that is no released version."""
+        return self._resolutions[0]
+
+    @property
+    def preferred_resolution(self) -> Resolution | None:
+        """The image size the version does best at, in pixels; None for a file that is no released version."""
+        return self._resolutions[1]
+
+    @property
+    def window_size(self) -> int | None:
+        """Side of a ViTDet window in patches; None outside ViTDet mode."""
+        return self.model.window_size
+
+    @property
+    def min_resolution_step(self) -> int:
+        """H and W must be multiples of this many pixels: the patch size, times the window in ViTDet mode."""
+        return self.patch_size * (self.window_size or 1)
+
+    @property
+    def num_summary_tokens(self) -> int:
+        """P: prefix tokens in front of the patches, cls tokens and registers."""
+        return self.model.spec.num_prefix
+
+    @property
+    def num_cls_tokens(self) -> int:
+        return self.model.spec.num_cls_tokens
+
+    @property
+    def embed_dim(self) -> int:
+        """D: the width of a feature."""
+        return self.model.embed_dim
+
+    @property
+    def summary_dim(self) -> int:
+        """S·D: the width of the summary."""
+        return len(self.model.spec.summary_idxs) * self.embed_dim
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.blocks
+
+    # -- methods of the official model ------------------------------------------------------------------------------
+
+    def make_preprocessor_external(self) -> nn.Module:
+        """Hand out the input conditioner and stop applying it inside: the caller then passes conditioner(x)."""
+        conditioner, self.input_conditioner = self.input_conditioner, nn.Identity()
+        return conditioner
+
+    def get_nearest_supported_resolution(self, height: int, width: int) -> Resolution:
+        """The legal image size nearest to height × width pixels, at least one step each way."""
+        step = self.min_resolution_step
+        return Resolution(*(max(round(side / step), 1) * step for side in (height, width)))
+
+    def switch_to_deploy(self) -> None:
+        """No effect: weights are folded while loading."""
+
+    @contextmanager
+    def cpe_video_mode(self, t: int | None = None) -> Iterator[None]:
+        """No effect at inference: the frames of a clip share their positions in training only."""
+        yield
+
+    def forward(self, x: Tensor, feature_fmt: str = "NLC") -> RadioOutput | dict[str, RadioOutput]:
+        """Embed a batch of images.
+
+        Args:
+            x: (B, 3, H, W), float, RGB in [0, 1].
+            feature_fmt: "NLC": features (B, T, D), T = H/p · W/p row by row; "NCHW": (B, D, H/p, W/p).
+
+        Raises:
+            ValueError: wrong rank, channels, dtype or size; a wrong size's error names the nearest legal one.
+        """
+        check_choice("feature_fmt", feature_fmt, FEATURE_FORMATS)
+        self._check_image(x)
+        tokens = self.model(x, self._conditioner())
+        return self._outputs(tokens, *self.model.grid(x), feature_fmt)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        aggregation: str = "sparse",
+        norm_alpha_scheme: str = "post-alpha",
+    ):
+        """The tokens after chosen blocks, and the final output.
+
+        Args:
+            x: as for `forward`.
+            indices: the blocks, in ascending order whatever the order given: an int n for the last n, a list (negative
+                numbers count from the end), None for all.
+            return_prefix_tokens: give `RadioOutput(summary, features)` per block instead of the features alone.
+            norm: apply the final norm to the intermediates and to the final output (the latter gets none otherwise).
+            stop_early: leave out the blocks after the last one chosen; the final output is then that block's.
+            output_fmt: "NCHW" or "NLC", for intermediates and final output.
+            intermediates_only: return the list alone.
+            aggregation: "sparse": the tokens after block i; "dense": the mean over the blocks since the previous index.
+            norm_alpha_scheme: with an intermediate normalizer (y its output, α its factors): "post-alpha" gives
+                mean(α)·mean(y), "pre-alpha" mean(α·y), "none" leaves the normalizer out.
+
+        Returns:
+            A list with one entry per block, or (final output, that list).
+        """
+        check_choice("output_fmt", output_fmt, FEATURE_FORMATS)
+        check_choice("aggregation", aggregation, ("sparse", "dense"))
+        check_choice("norm_alpha_scheme", norm_alpha_scheme, ("none", "pre-alpha", "post-alpha"))
+        self._check_image(x)
+        h, w = self.model.grid(x)
+        tokens = self.model.patch_generator(x, self._conditioner())
+        final, collected = collect_intermediates(
+            self.model, tokens, h, w, indices, norm, stop_early, aggregation, norm_alpha_scheme,
+            self.inter_feature_normalizer,
+        )  # fmt: skip
+        outputs = [self._backbone_output(t, h, w, output_fmt, per_block=True) for t in collected]
+        intermediates = outputs if return_prefix_tokens else [out.features for out in outputs]
+        if intermediates_only:
+            return intermediates
+        return self._outputs(final, h, w, output_fmt), intermediates
+
+    # -- pieces -----------------------------------------------------------------------------------------------------
+
+    def _conditioner(self) -> nn.Module | None:
+        return None if isinstance(self.input_conditioner, nn.Identity) else self.input_conditioner
+
+    def _check_image(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a tensor of shape (B, 3, H, W), got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"x must have 4 dimensions, (B, 3, H, W), got shape {tuple(x.shape)}")
+        if x.shape[1] != 3:
+            raise ValueError(f"x must have 3 channels (RGB) in dimension 1, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be a float tensor in [0, 1], got {x.dtype}: convert with x.float() / 255")
+        H, W = x.shape[2:]
+        step = self.min_resolution_step
+        if H % step or W % step or not H or not W:
+            near = self.get_nearest_supported_resolution(H, W)
+            why = f"patch size {self.patch_size}"
+            if self.window_size:
+                why += f" × ViTDet window {self.window_size}"
+            raise ValueError(
+                f"image height and width must be multiples of {step} pixels ({why}), got {H} × {W}; "
+                f"the nearest supported size is {near.height} × {near.width}"
+            )
+        generator = self.model.patch_generator
+        if generator.fixed_size:
+            side = generator.grid_side * self.patch_size
+            if side != H or side != W:
+                raise ValueError(f"this model has no CPE and takes only {side} × {side} images, got {H} × {W}")
+        device = generator.pos_embed.device
+        if x.device != device:
+            raise ValueError(f"x is on {x.device} and the model on {device}: move one of them with .to(...)")
+
+    def _backbone_output(self, tokens: Tensor, h: int, w: int, fmt: str, per_block: bool = False) -> RadioOutput:
+        spec = self.model.spec
+        summary = tokens[:, list(spec.summary_idxs)].flatten(1)
+        features = tokens[:, spec.num_prefix :]
+        if self.feature_normalizer is not None and not per_block:
+            features = self.feature_normalizer(features)
+        return RadioOutput(summary, to_nchw(features, h, w) if fmt == "NCHW" else features)
+
+    def _outputs(self, tokens: Tensor, h: int, w: int, fmt: str) -> RadioOutput | dict[str, RadioOutput]:
+        if not self.adaptors:
+            return self._backbone_output(tokens, h, w, fmt)
+        backbone = self._backbone_output(tokens, h, w, "NLC")
+        prefix = tokens[:, : self.num_summary_tokens]
+        outputs = {"backbone": backbone}
+        for name, adaptor in self.adaptors.items():
+            outputs[name] = RadioOutput(*adaptor(prefix, backbone.features, h, w, fmt))
+        if fmt == "NCHW":
+            outputs["backbone"] = RadioOutput(backbone.summary, to_nchw(backbone.features, h, w))
+        return outputs

@@ -1,0 +1,172 @@
+"""Adaptors: heads that map RADIO's summary and features into a teacher's space (image half)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from radio_fast.layers.attention import Attention
+from radio_fast.layers.mlp import Mlp
+from radio_fast.layers.norm import LayerNorm, LayerScale
+
+HEAD_EPS = 1e-5
+ATTN_HEADS = 16
+
+
+class MlpV1(nn.Module):
+    """fc1 → LayerNorm → ReLU → [Linear → LayerNorm → ReLU]·n → fc2."""
+
+    def __init__(self, dim: int, hidden: int, out: int, num_inner: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.norm = LayerNorm(hidden, HEAD_EPS)
+        self.inner = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden, hidden), LayerNorm(hidden, HEAD_EPS), nn.ReLU()) for _ in range(num_inner)
+        )
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.fc1(x)))
+        for layer in self.inner:
+            x = layer(x)
+        return self.fc2(x)
+
+
+class MlpV2(nn.Module):
+    """[LayerNorm → GELU →] fc1; x += Linear(GELU(LayerNorm x)) n times; LayerNorm → GELU → Linear."""
+
+    def __init__(self, dim: int, hidden: int, out: int, num_inner: int, pre_norm: bool):
+        super().__init__()
+        if pre_norm:
+            self.pre_norm = nn.Sequential(LayerNorm(dim, HEAD_EPS), nn.GELU())
+        else:
+            self.pre_norm = nn.Identity()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(LayerNorm(hidden, HEAD_EPS), nn.GELU(), nn.Linear(hidden, hidden)) for _ in range(num_inner)
+        )
+        self.final = nn.Sequential(LayerNorm(hidden, HEAD_EPS), nn.GELU(), nn.Linear(hidden, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(self.pre_norm(x))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.final(x)
+
+
+class HeadBlock(nn.Module):
+    """The transformer block of an attention head: x += ls1·attn(norm1 x); x += ls2·mlp(norm2 x)."""
+
+    def __init__(self, dim: int, hidden: int, qkv_bias: bool):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, 1e-6)
+        self.attn = Attention(dim, ATTN_HEADS, qkv_bias)
+        self.ls1 = LayerScale(dim)
+        self.norm2 = LayerNorm(dim, 1e-6)
+        self.mlp = Mlp(dim, hidden)
+        self.ls2 = LayerScale(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class AttnHead(nn.Module):
+    """Transformer blocks over the patch tokens, then a v2 head."""
+
+    def __init__(self, dim: int, num_blocks: int, hidden: int, qkv_bias: bool, mlp: MlpV2):
+        super().__init__()
+        self.blocks = nn.ModuleList(HeadBlock(dim, hidden, qkv_bias) for _ in range(num_blocks))
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.mlp(x)
+
+
+def _count(state: Iterable[str], prefix: str) -> int:
+    return len({m[1] for key in state if (m := re.match(rf"{prefix}\.(\d+)\.", key))})
+
+
+def _v2_from(state: Mapping[str, Tensor], prefix: str = "") -> MlpV2:
+    hidden, dim = state[f"{prefix}fc1.weight"].shape
+    out = state[f"{prefix}final.2.weight"].shape[0]
+    return MlpV2(dim, hidden, out, _count(state, f"{prefix}blocks"), f"{prefix}pre_norm.0.weight" in state)
+
+
+def build_head(state: Mapping[str, Tensor]) -> nn.Module:
+    """An empty head of the kind (v1, v2, attn), widths and number of layers that its tensors show.
+
+    Raises:
+        KeyError: a tensor of the head is missing (the name is the error's argument), or it is of no known kind.
+    """
+    if "mlp.fc1.weight" in state:
+        hidden, dim = state["blocks.0.mlp.fc1.weight"].shape
+        if dim % ATTN_HEADS:
+            raise ValueError(f"an attention head's width must be a multiple of {ATTN_HEADS}, got {dim}")
+        qkv_bias = "blocks.0.attn.qkv.bias" in state
+        return AttnHead(dim, _count(state, "blocks"), hidden, qkv_bias, _v2_from(state, "mlp."))
+    if "final.2.weight" in state:
+        return _v2_from(state)
+    hidden, dim = state["fc1.weight"].shape
+    return MlpV1(dim, hidden, state["fc2.weight"].shape[0], _count(state, "inner"))
+
+
+def _run(head: nn.Module, x: Tensor) -> Tensor:
+    return head(x.to(next(head.parameters()).dtype)).float()
+
+
+class Adaptor(nn.Module):
+    """One teacher's pair of heads.
+
+    Args:
+        head_mlp: on the prefix token number `token_slot`, (B, D) → (B, S).
+        feat_mlp: on the patch features, (B, T, D) → (B, T, u·u·C).
+        upsample: u; the features come out on a grid u times finer.
+    """
+
+    def __init__(self, head_mlp: nn.Module, feat_mlp: nn.Module, token_slot: int, upsample: int = 1):
+        super().__init__()
+        self.head_mlp = head_mlp
+        self.feat_mlp = feat_mlp
+        self.token_slot = token_slot
+        self.upsample = upsample
+
+    def forward(self, prefix: Tensor, features: Tensor, h: int, w: int, feature_fmt: str) -> tuple[Tensor, Tensor]:
+        """(summary, features), float32: (B, S) and (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW"."""
+        summary = _run(self.head_mlp, prefix[:, self.token_slot])
+        y = _run(self.feat_mlp, features)
+        u, B = self.upsample, y.shape[0]
+        if u > 1:
+            y = y.view(B, h, w, u, u, -1).transpose(2, 3).reshape(B, h * u * w * u, -1)
+        if feature_fmt == "NCHW":
+            y = to_nchw(y, h * u, w * u)
+        return summary, y
+
+
+def to_nchw(x: Tensor, h: int, w: int) -> Tensor:
+    """(B, h·w, D) → (B, D, h, w)."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], h, w)
+
+
+def canonical_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A head's tensors under this package's names.
+
+    Only the inner layers of a v1 head differ between files: nested or flat, with or without a slot for the ReLU. Their
+    order is the same in all of them: Linear, LayerNorm, Linear, LayerNorm, …
+    """
+    out, inner = {}, {}
+    for key, value in state.items():
+        if key.startswith("inner."):
+            path, _, leaf = key.rpartition(".")
+            inner.setdefault(tuple(int(i) for i in path.split(".")[1:]), {})[leaf] = value
+        else:
+            out[key] = value
+    for n, path in enumerate(sorted(inner)):
+        for leaf, value in inner[path].items():
+            out[f"inner.{n // 2}.{n % 2}.{leaf}"] = value
+    return out

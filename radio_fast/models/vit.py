@@ -1,0 +1,134 @@
+"""The whole ViT forward of RADIO, plain and in ViTDet mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, cat, nn
+
+from radio_fast.layers.attention import Attention
+from radio_fast.layers.mlp import Mlp, SwiGLU
+from radio_fast.layers.norm import DynamicTanh, LayerNorm, LayerScale
+from radio_fast.layers.patch_embed import PatchGenerator
+from radio_fast.models.registry import ViTDet
+from radio_fast.models.spec import ViTSpec
+
+
+def make_norm(spec: ViTSpec, block: int | None = None) -> nn.Module:
+    """A norm of this model; `block` (from 0) sets the 1/√i of `scaled_ln`, where i counts from 1."""
+    scale = (block + 1) ** -0.5 if spec.scaled_ln and block is not None else 1.0
+    return DynamicTanh(spec.embed_dim, scale) if spec.dynamic_tanh else LayerNorm(spec.embed_dim, 1e-6, scale)
+
+
+class Block(nn.Module):
+    """x += ls1·attn(norm1 x); x += ls2·mlp(norm2 x), x of shape (B, N, D)."""
+
+    def __init__(self, spec: ViTSpec, index: int):
+        super().__init__()
+        D = spec.embed_dim
+        self.norm1 = make_norm(spec, index)
+        self.attn = Attention(D, spec.num_heads, spec.qkv_bias)
+        self.ls1 = LayerScale(D) if spec.layer_scale else nn.Identity()
+        self.norm2 = make_norm(spec, index)
+        self.mlp = SwiGLU(D, spec.mlp_hidden) if spec.swiglu else Mlp(D, spec.mlp_hidden, spec.mlp_norm)
+        self.ls2 = LayerScale(D) if spec.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def to_windows(x: Tensor, h: int, w: int, k: int) -> Tensor:
+    """(B, h·w, D) row by row → window by window: (window row, window column, row inside, column inside)."""
+    B, _, D = x.shape
+    return x.reshape(B, h // k, k, w // k, k, D).transpose(2, 3).reshape(B, h * w, D)
+
+
+def from_windows(x: Tensor, h: int, w: int, k: int) -> Tensor:
+    """The inverse of `to_windows`."""
+    B, _, D = x.shape
+    return x.reshape(B, h // k, w // k, k, k, D).transpose(2, 3).reshape(B, h * w, D)
+
+
+def windowed_blocks(depth: int, rule: ViTDet) -> frozenset[int]:
+    """The blocks (from 0) that attend inside windows in ViTDet mode.
+
+    With period q, block i switches to windows where i mod q = 0 and to global attention where i mod q = q − 1; the last
+    block is always global (Li et al., 2022).
+
+    Raises:
+        ValueError: the period would be 1, where every block would switch both ways.
+    """
+    period = rule.num_windowed + 1 if rule.num_windowed is not None else max(depth // (rule.num_global or 4), 1)
+    if period < 2:
+        raise ValueError(
+            f"ViTDet mode needs at least one windowed block before each global one: {depth} blocks with {rule} leave "
+            f"none; use a smaller num_global or num_windowed ≥ 1"
+        )
+    return frozenset(i for i in range(depth - 1) if i % period != period - 1)
+
+
+class VisionTransformer(nn.Module):
+    """Image (B, 3, H, W) → tokens (B, P + T, D): P prefix tokens, then T = H/p · W/p patches row by row."""
+
+    def __init__(self, spec: ViTSpec):
+        super().__init__()
+        self.spec = spec
+        self.embed_dim = spec.embed_dim
+        self.num_prefix = spec.num_prefix
+        self.window_size: int | None = None
+        self.windowed: frozenset[int] = frozenset()
+        self.patch_generator = PatchGenerator(
+            spec.embed_dim,
+            spec.patch_size,
+            spec.num_positions,
+            spec.num_prefix,
+            bias=spec.patch_bias,
+            resize_square=spec.resize_square,
+            fixed_size=spec.fixed_size,
+        )
+        self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.depth))
+        self.norm = make_norm(spec) if spec.final_norm else nn.Identity()
+
+    def set_vitdet(self, window_size: int, rule: ViTDet) -> None:
+        """Attend inside `window_size` × `window_size` patches in all blocks but the global ones of `rule`."""
+        if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
+            raise ValueError(f"vitdet_window_size must be a positive number of patches, got {window_size!r}")
+        self.windowed = windowed_blocks(len(self.blocks), rule)
+        self.window_size = window_size
+
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """(h, w): the image's rows and columns of patches."""
+        p = self.patch_generator.patch_size
+        return image.shape[2] // p, image.shape[3] // p
+
+    def run_windowed(self, block: Block, x: Tensor) -> Tensor:
+        """One block inside the windows; the prefix tokens are set aside and pass unchanged."""
+        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        B, T, D = patches.shape
+        patches = block(patches.reshape(-1, self.window_size**2, D)).view(B, T, D)
+        return cat([prefix, patches], dim=1)
+
+    def reorder(self, x: Tensor, order: Callable, h: int, w: int) -> Tensor:
+        """x with its patches in another order; the prefix stays in front."""
+        patches = order(x[:, self.num_prefix :], h, w, self.window_size)
+        return cat([x[:, : self.num_prefix], patches], dim=1)
+
+    def run_blocks(
+        self, x: Tensor, h: int, w: int, last: int | None = None, visit: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Blocks 0…last on x (B, P + T, D); `visit(i, tokens)` sees the tokens, row by row, after each block."""
+        vitdet = self.window_size is not None
+        if vitdet:
+            x = self.reorder(x, to_windows, h, w)
+        for i, block in enumerate(self.blocks):
+            x = self.run_windowed(block, x) if i in self.windowed else block(x)
+            if visit is not None:
+                visit(i, self.reorder(x, from_windows, h, w) if vitdet else x)
+            if i == last:
+                break
+        return self.reorder(x, from_windows, h, w) if vitdet else x
+
+    def forward(self, image: Tensor, conditioner: nn.Module | None = None) -> Tensor:
+        x = self.patch_generator(image, conditioner)
+        return self.norm(self.run_blocks(x, *self.grid(image)))

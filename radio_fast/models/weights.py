@@ -1,0 +1,192 @@
+"""A model's tensors between file and module: names, folding, checks, and the way into an empty module."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from radio_fast.errors import CheckpointError
+from radio_fast.models.spec import ViTSpec, prefix_layout, spec_of_state
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class ModelState:
+    """What any file format is read into: tensors under this package's names and the arguments they came with."""
+
+    arch: str
+    args: Mapping[str, Any]
+    backbone: State
+    conditioner: State = field(default_factory=dict)
+    heads: dict[str, tuple[State, State]] = field(default_factory=dict)  # teacher: (summary head, feature head)
+    feature_normalizer: State = field(default_factory=dict)
+    inter_feature_normalizer: State = field(default_factory=dict)
+    fixed_size: bool = False  # a plain timm ViT, without CPE
+    layout: tuple[int, int, tuple[int, ...]] | None = None  # cls tokens, registers, summary indices; None: from args
+    default_adaptors: tuple[str, ...] = ()
+
+    def spec(self) -> ViTSpec:
+        """The structure of the backbone.
+
+        Raises:
+            CheckpointError: a tensor is missing, or tensors and arguments contradict each other.
+        """
+        if self.arch.startswith("eradio"):
+            raise CheckpointError(
+                f"{self.arch!r} is an E-RADIO checkpoint; this version of radio_fast runs the ViT models only"
+            )
+        try:
+            num_cls, num_registers, summary_idxs = self.layout or prefix_layout(self.args)
+            stored = self.backbone.get("patch_generator.cls_token.token")
+            if stored is not None:
+                if stored.ndim != 2 or stored.shape[0] < num_cls:
+                    raise ValueError(
+                        f"patch_generator.cls_token.token must hold at least the {num_cls} cls tokens that the "
+                        f"teachers ask for, got shape {tuple(stored.shape)}"
+                    )
+                num_registers = stored.shape[0] - num_cls
+            layout = (num_cls, num_registers, summary_idxs)
+            args = self.args
+            return spec_of_state(
+                self.backbone, self.arch, args["model_kwargs"], bool(args["model_norm"]), layout, self.fixed_size
+            )
+        except KeyError as error:
+            raise missing_tensor(str(error.args[0])) from None
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"the checkpoint's backbone makes no sense: {error}") from error
+
+
+def missing_tensor(key: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint lacks the backbone tensor {key!r}: it would run on random numbers. The file is incomplete or "
+        f"not a RADIO ViT"
+    )
+
+
+# -- names ----------------------------------------------------------------------------------------------------
+
+# Tensors that are there for training, or for inputs other than images.
+_UNUSED = re.compile(r"^(mask_token$|head\.|patch_generator\.video_embedder\.)")
+
+
+def canonical_backbone(state: State) -> tuple[State, bool]:
+    """Backbone tensors under this package's names, and whether they are a plain timm ViT's (no CPE).
+
+    The DINOv2 student sits under `inner.`; LayerScale is `gamma` or `grandma`; a plain timm ViT has a convolution for
+    the patches, and one position more, the cls token's, which is added to that token here.
+    """
+    out = {}
+    for key, value in state.items():
+        key = key.removeprefix("inner.").replace(".grandma", ".gamma")
+        if not _UNUSED.match(key):
+            out[key] = value
+    plain = "patch_embed.proj.weight" in out
+    if plain:
+        for key in ("cls_token", "pos_embed"):
+            if key not in out or out[key].ndim != 3:
+                raise missing_tensor(key)
+        cls_token, positions = out.pop("cls_token"), out.pop("pos_embed")
+        out["patch_generator.embedder.weight"] = out.pop("patch_embed.proj.weight").flatten(1)
+        if "patch_embed.proj.bias" in out:
+            out["patch_generator.embedder.bias"] = out.pop("patch_embed.proj.bias")
+        out["patch_generator.cls_token.token"] = cls_token[0] + positions[0, :1]
+        out["patch_generator.pos_embed"] = positions[:, 1:]
+    return out, plain
+
+
+# -- spectral reparametrisation -------------------------------------------------------------------------------
+
+
+def _spectral_weight(matrix: Tensor, params: State, eps: float) -> Tensor:
+    """matrix · s / (uᵀ·matrix·v + eps), u and v after one more step of power iteration (radio.md §8), in float32."""
+    matrix = matrix.float()
+    v = params["_v"].float()
+    u = F.normalize(matrix @ v, dim=0, eps=eps)
+    v = F.normalize(matrix.T @ u, dim=0, eps=eps)
+    scale = params["scale"].float()
+    if "_sn_version" in params and params["_sn_version"].item() == 2:
+        scale = F.softplus(scale) + 0.05
+    return matrix * (scale / (u @ matrix @ v + eps))
+
+
+def fold_spectral(state: State, eps: float) -> State:
+    """Replace `X.parametrizations.weight.*` by the weight `X.weight` that they describe.
+
+    Raises:
+        CheckpointError: a parametrisation lacks a tensor or is of another kind.
+    """
+    marker = ".parametrizations.weight."
+    out: State = {}
+    groups: dict[str, State] = {}
+    for key, value in state.items():
+        layer, found, rest = key.partition(marker)
+        if found:
+            groups.setdefault(layer, {})[rest] = value
+        else:
+            out[key] = value
+    for layer, group in groups.items():
+        try:
+            original = group["original"]
+            parts = sorted({m[1] for key in group if (m := re.match(r"0\.parts\.(\d+)\.", key))}, key=int)
+            prefixes = [f"0.parts.{n}." for n in parts] or ["0."]
+            folded = [
+                _spectral_weight(
+                    chunk, {k.removeprefix(prefix): v for k, v in group.items() if k.startswith(prefix)}, eps
+                )
+                for chunk, prefix in zip(original.chunk(len(prefixes)), prefixes, strict=True)
+            ]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{layer}: its weight parametrisation is not a spectral one ({error})") from error
+        out[f"{layer}.weight"] = torch.cat(folded)
+    return out
+
+
+# -- into the module ------------------------------------------------------------------------------------------
+
+
+def fill(
+    module: nn.Module,
+    state: State,
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    release: Callable[[Tensor], None] = lambda tensor: None,
+) -> None:
+    """Give a module built on the meta device its tensors, each copied once to `device` as `dtype`.
+
+    `state` is emptied on the way and `release` called for each tensor that has been copied, so that at no time two
+    copies of the whole model exist.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape. Unexpected ones get a warning.
+    """
+    wanted = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, empty in wanted.items():
+        value = state.pop(name, None)
+        if value is None:
+            raise missing_tensor(f"{where}{name}") if not where else CheckpointError(f"{where}{name} is missing")
+        if value.shape != empty.shape:
+            raise CheckpointError(
+                f"{where}{name} has shape {tuple(value.shape)} in the checkpoint, expected {tuple(empty.shape)}"
+            )
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        copied = value.detach().to(device=device, dtype=dtype, copy=True).contiguous()
+        release(value)
+        if isinstance(empty, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(copied, requires_grad=False))
+        else:
+            owner.register_buffer(leaf, copied)
+    if state:
+        names = sorted(f"{where}{name}" for name in state)
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(f"the checkpoint has tensors this model does not use: {', '.join(names[:5])}{more}", stacklevel=3)
+    state.clear()
