@@ -1,0 +1,266 @@
+"""The command line: radio-fast versions | info | embed | doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+MISSING = "radio-fast needs typer, rich and Pillow: pip install 'radio_fast[cli]'"
+
+try:
+    import numpy as np
+    import torch
+    import typer
+    from PIL import Image  # noqa: F401 (checked here so that a missing one is told at once)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"{MISSING} ({error})")
+
+import radio_fast
+from radio_fast import hf
+from radio_fast.checkpoint import read_checkpoint, state_of_checkpoint
+from radio_fast.doctor import examine
+from radio_fast.download import default_cache_dir
+from radio_fast.images import ImageError, find_images, read_image, to_tensor
+from radio_fast.model import RADIOModel
+from radio_fast.models.registry import ARCHS, DEFAULT_VERSION, VERSIONS, find_version, unknown_version
+
+app = typer.Typer(
+    name="radio-fast",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run NVIDIA's RADIO vision foundation models.",
+)
+out = Console()
+err = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point: what a user can put right is one line on stderr and exit code 1, not a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, radio_fast.DownloadError) as error:
+        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def versions() -> None:
+    """List the released versions and their licences."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("version", "arch", "preferred", "licence"):
+        table.add_column(column, no_wrap=True)
+    for row in VERSIONS.values():
+        name = f"{row.name} *" if row.name == DEFAULT_VERSION else row.name
+        table.add_row(name, row.arch, f"{row.preferred} px", row.license)
+    out.print(table)
+    out.print("\n* the default. `radio-fast info VERSION` tells more.", highlight=False)
+
+
+def _file_facts(path: Path) -> dict[str, object]:
+    state = hf.read_folder(path)[0] if path.is_dir() else state_of_checkpoint(read_checkpoint(path))
+    spec = state.spec()
+    parameters = sum(t.numel() for t in state.backbone.values())
+    return {
+        "arch": spec.arch,
+        "parameters": f"{parameters / 1e6:.1f} M (backbone)",
+        "embed_dim": spec.embed_dim,
+        "depth": spec.depth,
+        "heads": f"{spec.num_heads} × {spec.embed_dim // spec.num_heads}",
+        "MLP": f"{'SwiGLU' if spec.swiglu else 'GELU'} {spec.mlp_hidden}",
+        "patch size": spec.patch_size,
+        "prefix tokens": f"{spec.num_cls_tokens} cls + {spec.num_registers} registers",
+        "summary": f"{len(spec.summary_idxs)} × {spec.embed_dim} (tokens {', '.join(map(str, spec.summary_idxs))})",
+        "position table": f"{spec.grid_side} × {spec.grid_side}",
+        "stored as": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.backbone.values()})),
+        "runs as": str(state.args["dtype"]).removeprefix("torch."),
+        "adaptors": ", ".join(state.heads) or "none",
+    }
+
+
+@app.command()
+def info(
+    version: Annotated[str, typer.Argument(metavar="VERSION|FILE", help="A version name, checkpoint file or folder.")],
+) -> None:
+    """Show what a version or a checkpoint file holds: widths, tokens, adaptors, licence."""
+    row, path = find_version(version), Path(version).expanduser()
+    facts: dict[str, object] = {}
+    if row is not None:
+        facts |= {"version": row.name, "licence": row.license, "file": f"nvidia/{row.repo}/{row.file}"}
+        facts |= {"max resolution": row.max_resolution, "preferred": " × ".join(map(str, row.preferred_resolution))}
+        if row.vitdet is None:
+            facts["ViTDet mode"] = "no"
+        else:
+            windowed = row.vitdet.num_windowed
+            facts["ViTDet mode"] = f"{windowed} windowed per global" if windowed else f"{row.vitdet.num_global} global"
+        path = default_cache_dir() / row.file
+        facts["cached"] = str(path) if path.is_file() else "no (downloaded on first load)"
+    elif not path.exists():
+        raise unknown_version(version)
+    if path.exists() and not (row is not None and row.is_eradio):
+        facts |= _file_facts(path)
+    elif row is not None:
+        facts |= {"arch": row.arch, "adaptors": ", ".join(row.adaptors) or "none"}
+        if arch := ARCHS.get(row.arch):
+            facts |= {"embed_dim": arch.embed_dim, "depth": arch.depth, "patch size": arch.patch_size}
+            facts |= {"heads": f"{arch.num_heads} × {arch.embed_dim // arch.num_heads}"}
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    out.print(table)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what this machine has, which backends can run, and why the others can't."""
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([f._asdict() for f in findings], indent=1, ensure_ascii=False))
+    else:
+        for name, ok, detail in findings:
+            mark = {True: "[green]ok[/]", None: "[yellow]--[/]", False: "[red]no[/]"}[ok]
+            out.print(f"{mark}  [bold]{name:<18}[/] {detail}", highlight=False, soft_wrap=True)
+    if any(f.ok is False for f in findings):
+        raise typer.Exit(1)
+
+
+def parse_resolution(text: str | None, model: RADIOModel) -> tuple[int, int] | None:
+    """(height, width) in pixels from "432" or "384x512", the preferred one from None, None from "native".
+
+    Raises:
+        ValueError: not of these forms, or a size the model does not take; the message names the nearest it takes.
+    """
+    if text == "native":
+        return None
+    if text is None:
+        size = tuple(model.preferred_resolution or (512, 512))
+    else:
+        parts = text.lower().split("x")
+        if len(parts) > 2 or not all(p.isdecimal() and 0 < int(p) <= 16384 for p in parts):
+            raise ValueError(f"--resolution must be a number of pixels, HEIGHTxWIDTH or 'native', got {text!r}")
+        size = (int(parts[0]), int(parts[-1]))
+    near = model.get_nearest_supported_resolution(*size)
+    if text is not None and near != size:
+        raise ValueError(
+            f"--resolution {text}: sides must be multiples of {model.min_resolution_step}; "
+            f"the nearest supported size is {near.height}x{near.width}"
+        )
+    return tuple(near)
+
+
+@app.command()
+def embed(
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders to search for images.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz file to write.")],
+    version: Annotated[str, typer.Option(help="Version name, checkpoint file or folder.")] = DEFAULT_VERSION,
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint file to use for --version.")] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="Pixels (432, 384x512), or 'native': each image's nearest legal size.")
+    ] = None,
+    adaptors: Annotated[str | None, typer.Option(help="Adaptors to run too, separated by commas.")] = None,
+    features: Annotated[bool, typer.Option(help="Store patch features too, not the summaries alone.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size per forward pass.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … (a GPU where there is one).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (as the checkpoint says).")] = None,
+    random_init: Annotated[
+        bool, typer.Option(help="Random weights: for trying out; the result has no meaning.")
+    ] = False,
+) -> None:
+    """Embed images into an .npz file.
+
+    It holds `paths`, `sizes` (pixels used) and `summary` (N, S·D), one row an image; with adaptors `NAME.summary` too;
+    with --features `features/000000`, … (T, D) per image. Files that are no images are left out, listed at the end, and
+    make the exit code 1. Ctrl-C writes what is done so far.
+    """
+    files = find_images(paths)
+    if not files:
+        raise ValueError(f"no images in {', '.join(map(str, paths))}")
+    names = [name for name in (adaptors or "").split(",") if name]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = radio_fast.load(
+        version, checkpoint=checkpoint, device=device, dtype=dtype, adaptor_names=names or None, random_init=random_init
+    )
+    size = parse_resolution(resolution, model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
+    arrays = _Arrays(features)
+    interrupted = False
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task("embedding", total=len(files))
+        batch: list[tuple[Path, torch.Tensor]] = []
+        try:
+            for path in files:
+                try:
+                    image = read_image(path)
+                except ImageError as error:
+                    failed.append(str(error))
+                    progress.advance(task)
+                    continue
+                height, width = size or model.get_nearest_supported_resolution(image.height, image.width)
+                tensor = to_tensor(image, height, width)
+                if batch and (len(batch) == batch_size or batch[0][1].shape != tensor.shape):
+                    progress.advance(task, arrays.run(model, batch, device))
+                    batch = []
+                batch.append((path, tensor))
+            if batch:
+                arrays.run(model, batch, device)
+                progress.update(task, completed=len(files))
+        except KeyboardInterrupt:
+            interrupted = True
+    arrays.write(output)
+    done = len(arrays.paths)
+    out.print(f"{done} of {len(files)} images embedded into {output}", highlight=False, soft_wrap=True)
+    for line in failed:
+        err.print(f"[bold red]left out:[/] {line}", highlight=False, soft_wrap=True)
+    if interrupted:
+        raise typer.Exit(130)
+    if failed:
+        raise typer.Exit(1)
+
+
+class _Arrays:
+    """The results so far, as they will stand in the file."""
+
+    def __init__(self, with_features: bool):
+        self.with_features = with_features
+        self.paths: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.summaries: dict[str, list[np.ndarray]] = {}
+        self.features: dict[str, np.ndarray] = {}
+
+    def run(self, model: RADIOModel, batch: list[tuple[Path, torch.Tensor]], device: str) -> int:
+        """Embed one batch; return its number of images."""
+        with torch.inference_mode():
+            result = model(torch.stack([tensor for _, tensor in batch]).to(device))
+        outputs = result if isinstance(result, dict) else {"backbone": result}
+        first = len(self.paths)
+        for name, (summary, features) in outputs.items():
+            prefix = "" if name == "backbone" else f"{name}."
+            self.summaries.setdefault(f"{prefix}summary", []).append(summary.float().cpu().numpy())
+            if self.with_features:
+                for i, one in enumerate(features.float().cpu().numpy()):
+                    self.features[f"{prefix}features/{first + i:06d}"] = one
+        self.paths += [str(path) for path, _ in batch]
+        self.sizes += [tuple(tensor.shape[1:]) for _, tensor in batch]
+        return len(batch)
+
+    def write(self, path: Path) -> None:
+        """Write the file under another name first, so that a crash leaves no half of one."""
+        arrays = {name: np.concatenate(parts) for name, parts in self.summaries.items()} | self.features
+        part = path.with_name(f"{path.name}.part")
+        with part.open("wb") as file:
+            np.savez(file, paths=np.array(self.paths, dtype=str), sizes=np.array(self.sizes, dtype=int), **arrays)
+        part.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What this machine has, what of it can be used, and why the rest can't."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import torch
+
+from radio_fast.download import default_cache_dir
+from radio_fast.version import __version__
+
+
+class Finding(NamedTuple):
+    """One line of the report; `ok` is None where a lack costs speed only."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def _package(name: str, distribution: str, why: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, None, f"not installed: {why}")
+
+
+def _nvcc() -> Finding:
+    path = shutil.which("nvcc")
+    if path is None:
+        return Finding("nvcc", None, "not found: only needed to build CUDA sources")
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("nvcc", None, f"{path} does not run: {error}")
+    release = next((line.strip() for line in text.splitlines() if "release" in line), text.strip()[:80])
+    return Finding("nvcc", True, release)
+
+
+def _gpus() -> list[Finding]:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return [Finding("GPU", None, f"torch {torch.__version__} is a CPU build: models run on the CPU")]
+    if not torch.cuda.is_available():
+        return [Finding("GPU", None, "torch finds no usable GPU (driver missing, too old, or no device)")]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        detail = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        found.append(Finding(f"GPU {index}", True, detail))
+    return found
+
+
+def examine() -> list[Finding]:
+    """Look at everything; no finding is ever an exception."""
+    torch_ok = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 10)
+    torch_detail = f"{torch.__version__}, {torch.get_num_threads()} CPU threads"
+    if not torch_ok:
+        torch_detail += "; radio_fast needs torch ≥ 2.10 (its safe checkpoint reader)"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return [
+        Finding("radio_fast", True, __version__),
+        Finding("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("torch", torch_ok, torch_detail),
+        Finding("CPU", True, f"{platform.processor() or platform.machine()}, {cpu}"),
+        *_gpus(),
+        _package("triton", "triton", "comes with torch's CUDA builds"),
+        _nvcc(),
+        _package("flash-attn", "flash-attn", "optional attention provider"),
+        _package("xformers", "xformers", "optional attention provider"),
+        _package("transformers", "transformers", "only needed to compare against its RadioModel"),
+        Finding("backend reference", torch_ok, "plain PyTorch, on any device that torch has"),
+        Finding("cache", True, str(default_cache_dir())),
+    ]
