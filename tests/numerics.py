@@ -1,8 +1,8 @@
 """The one error bound that everything is held to.
 
-Truth is float32 (float64 for a single kernel). In any dtype, the error may be twice what plain torch makes in that dtype,
-plus the rounding of the output; a whole model's tokens must each point where the truth points. Worst values, never means:
-a mean hides bad tokens.
+Truth is float32 (float64 for a single kernel). In any dtype, the error may be twice what plain torch makes in that
+dtype, plus the rounding of the output; a whole model's tokens must each point where the truth points. Worst values,
+never means: a mean hides bad tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def assert_within(actual: Tensor, truth: Tensor, same_dtype: Tensor) -> None:
     torch_error = (same_dtype.double() - truth).abs().max().item()
     error = (actual - truth).abs().max().item()
     bound = 2 * torch_error + 2 * rounding
-    assert error <= bound, f"error {error:.3g} > {bound:.3g} = 2 × torch's {torch_error:.3g} + 2 × rounding {rounding:.3g}"
+    assert error <= bound, (
+        f"error {error:.3g} > {bound:.3g}: 2 × torch's {torch_error:.3g} + 2 × rounding {rounding:.3g}"
+    )
 
 
 def assert_relative(actual: Tensor, truth: Tensor, rtol: float = MODEL_RTOL) -> None:
