@@ -1,8 +1,8 @@
 """Cold load of a full-size checkpoint file: time against torch.load alone, and peak memory.
 
 `./dev bench bench/bench_load.py --benchmark-json=bench/results/cpu/load.json`, then
-`.venv/bin/python -m bench.load_table bench/results/cpu/load.json`. The file's pages are dropped from the page cache before
-each round.
+`.venv/bin/python -m bench.load_table bench/results/cpu/load.json`. The file's pages are dropped from the page cache
+before each round.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from radio_fast import hf
 from radio_fast.checkpoint import MappedRange, read_checkpoint, state_of_checkpoint
-from radio_fast.download import fetch_version
+from radio_fast.download import check_sha256, fetch_version, verify
 from radio_fast.errors import CheckpointError
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.model import RADIOModel
@@ -57,9 +57,10 @@ def load(
         vitdet_window_size: attend inside windows of this many patches a side, but for a few global blocks.
         progress: show a bar while downloading.
         return_checkpoint: return (model, the checkpoint's dict) instead; of a Hugging Face folder, its config.
-        backend: "auto" or "reference" (plain PyTorch).
+        backend: "reference": plain PyTorch; "triton": the kernels, or an error saying why they can't run; "auto": the
+            kernels on a GPU that runs them, else plain PyTorch.
         cache_dir: where downloads are kept; the environment's RADIO_FAST_CACHE or ~/.cache/radio_fast if None.
-        sha256: refuse a download with another hash.
+        sha256: refuse a file with another hash.
         timeout: seconds to wait for the server of a download.
         random_init: seeded random weights of the version's full-size architecture; the features carry no meaning.
         seed: for `random_init`.
@@ -69,16 +70,14 @@ def load(
         CheckpointError: the file is damaged, refused, or not a RADIO ViT.
         DownloadError: the weights are neither in the cache nor to be had.
     """
-    backend = resolve_backend(backend)
     target, forced_dtype = resolve_device(device), resolve_dtype(dtype)
+    backend = resolve_backend(backend, target)
     row, source = _locate(version, checkpoint)
     if row is not None and row.is_eradio:
         raise ValueError(
             f"{row.name} is an E-RADIO model, which this version of radio_fast does not run; only the ViTs"
         )
-    if row is not None and vitdet_window_size is not None and row.vitdet is None:
-        raise ValueError(f"{row.name} has no ViTDet mode: load it without vitdet_window_size")
-    rule = row.vitdet if row is not None and row.vitdet is not None else ViTDet()
+    _vitdet_rule(row, vitdet_window_size)  # refused before anything is downloaded
 
     if random_init:
         if source is not None or row is None:
@@ -87,34 +86,56 @@ def load(
             raise ValueError("random_init makes the backbone alone: it has no adaptors and no checkpoint")
         vit = _random_vit(spec_of_version(row), seed, target, forced_dtype or getattr(torch, row.dtype))
         if vitdet_window_size is not None:
-            vit.set_vitdet(vitdet_window_size, rule)
+            vit.set_vitdet(vitdet_window_size, _vitdet_rule(row, vitdet_window_size))
         return RADIOModel(vit, InputConditioner().to(target), version=row, backend=backend).eval()
 
+    check_sha256(sha256)
     if source is None:
         source = fetch_version(row, cache_dir=cache_dir, progress=progress, sha256=sha256, timeout=timeout)
+    elif source.is_file():
+        verify(source, sha256)
     # Made under inference mode, the parameters could never be used with autograd again.
     with torch.inference_mode(False), torch.no_grad():
-        release = _keep
+        release, window = _keep, vitdet_window_size
         if source.is_dir():
             state, content = hf.read_folder(source)
+            row = row or (find_version(state.version) if state.version else None)
+            window = state.vitdet_window_size if window is None else window
         else:
             content = read_checkpoint(source)
             state = state_of_checkpoint(content)
-            mapped = MappedRange(t for t in _tensors_of(content) if isinstance(t, Tensor))
+            mapped = MappedRange(source, _tensors_of(content))
             mapped.release_all()
             release = mapped.release
         model = _build(state, adaptor_names, target, forced_dtype, row, backend, release)
-        if vitdet_window_size is not None:
-            model.model.set_vitdet(vitdet_window_size, rule)
+        if state.max_resolution is not None or state.preferred_resolution is not None:
+            model.set_resolutions(state.max_resolution, state.preferred_resolution)
+        if window is not None:
+            model.model.set_vitdet(window, _vitdet_rule(row, window))
     return (model, content) if return_checkpoint else model
+
+
+def _vitdet_rule(row: Version | None, window_size: int | None) -> ViTDet:
+    """Which blocks stay global; a file that is no released version has the plain rule.
+
+    Raises:
+        ValueError: a window is asked for and the version has no ViTDet mode.
+    """
+    if row is None or row.vitdet is not None:
+        return ViTDet() if row is None else row.vitdet
+    if window_size is not None:
+        raise ValueError(f"{row.name} has no ViTDet mode: load it without vitdet_window_size")
+    return ViTDet()
 
 
 def _keep(tensor: Tensor) -> None:
     """Tensors that are not mapped from a file have no pages to give back."""
 
 
-def _tensors_of(content: dict[str, Any]) -> list:
-    return [value for name in ("state_dict", "state_dict_ema") for value in (content.get(name) or {}).values()]
+def _tensors_of(content: dict[str, Any]) -> list[Tensor]:
+    states = [content.get(name) for name in ("state_dict", "state_dict_ema")]
+    values = [value for state in states if isinstance(state, Mapping) for value in state.values()]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _locate(
@@ -129,6 +150,8 @@ def _locate(
     if version is not None and not isinstance(version, (str, os.PathLike)):
         raise ValueError(f"version must be a name or a path, got {type(version).__name__}")
     if checkpoint is not None:
+        if not isinstance(checkpoint, (str, os.PathLike)):
+            raise ValueError(f"checkpoint must be a path, got {type(checkpoint).__name__}")
         path = Path(checkpoint).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"no checkpoint at {path}")
@@ -162,14 +185,16 @@ def chosen_adaptors(state: ModelState, adaptor_names: str | Sequence[str] | None
     """
     if adaptor_names is None:
         adaptor_names = state.default_adaptors
-    names = (adaptor_names,) if isinstance(adaptor_names, str) else tuple(dict.fromkeys(adaptor_names))
+    names = (adaptor_names,) if isinstance(adaptor_names, str) else adaptor_names
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adaptor_names must be a name or a list of names, got {adaptor_names!r}")
     for name in names:
         if name not in state.heads:
             known = ", ".join(map(repr, state.heads)) or "none at all"
             raise ValueError(f"unknown adaptor {name!r}: this checkpoint has {known}")
-        if not isinstance(name, str) or "." in name or name == "backbone" or hasattr(nn.ModuleDict, name):
+        if not name or "." in name or name == "backbone" or hasattr(nn.ModuleDict(), name):
             raise CheckpointError(f"the checkpoint names an adaptor {name!r}, which can't be used as a name")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def _build(
@@ -206,8 +231,10 @@ def _build(
 def _adaptor(
     state: ModelState, spec: ViTSpec, name: str, device: torch.device, dtype: torch.dtype, release: Callable
 ) -> Adaptor:
-    teachers = state.args["teachers"] or []
-    index, teacher = next((i, t) for i, t in enumerate(teachers) if t["name"] == name)
+    named = [(i, teacher) for i, teacher in enumerate(state.args["teachers"] or []) if teacher["name"] == name]
+    if not named:
+        raise CheckpointError(f"adaptor {name!r} is none of the teachers in the checkpoint's args")
+    index, teacher = named[0]
     slot = teacher.get("token_slot")
     if slot is None:
         slot = index if state.args["cls_token_per_teacher"] else 0
@@ -228,6 +255,11 @@ def _adaptor(
             raise CheckpointError(
                 f"adaptor {name!r}: its {kind} is incomplete or of no known kind ({error})"
             ) from error
+        width = [layer.out_features for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
+        if kind == "feat_mlp" and width % upsample**2:
+            raise CheckpointError(
+                f"adaptor {name!r}: {width} features are no multiple of the square of fd_upsample_factor, {upsample}"
+            )
         fill(head, tensors, f"adaptors.{name}.{kind}.", device, dtype, release)
         heads.append(head)
     return Adaptor(*heads, token_slot=slot, upsample=upsample)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import mmap
+import os
 import pathlib
 import pickle
 import re
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +45,27 @@ class Inert:
 
 
 class _NumpyDtype:
-    """What a pickled numpy dtype says, without numpy's own unpickling; numbers only."""
+    """What a pickled numpy dtype says, without numpy's own unpickling; `code` is None for all but numbers."""
 
     def __init__(self, code: str, *_: object):
-        if not isinstance(code, str) or not re.fullmatch(r"[<>=|]?[biufc]\d{1,2}", code):
-            raise pickle.UnpicklingError(f"a numpy scalar of dtype {code!r} is not a plain number")
-        self.code = code
+        self.code = code if isinstance(code, str) and re.fullmatch(r"[<>=|]?[biufc]\d{1,2}", code) else None
 
     def __setstate__(self, state: tuple) -> None:
-        if state[1] in ("<", ">"):
+        if self.code is not None and state[1] in ("<", ">"):
             self.code = state[1] + self.code.lstrip("<>=|")
 
 
-def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> int | float | bool | complex:
-    if not isinstance(dtype, _NumpyDtype) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a numpy scalar that is not a plain number")
+def _numpy_scalar(dtype: _NumpyDtype, data: object) -> int | float | bool | complex | Inert:
+    """A plain Python number; dates, text and pickled objects stay unread."""
+    if not isinstance(dtype, _NumpyDtype) or dtype.code is None or not isinstance(data, bytes):
+        return Inert()
     return np.frombuffer(data, dtype=dtype.code, count=1)[0].item()
 
 
 # Real files hold these; paths become pure paths, which touch no file system and exist on every one.
 _KNOWN_GLOBALS: dict[str, object] = {
     "argparse.Namespace": argparse.Namespace,
+    "collections.defaultdict": lambda *_: {},
     "numpy.dtype": _NumpyDtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
@@ -93,10 +94,18 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            orders = [archive.read(r) for r in records if r.filename.endswith("/byteorder") and r.file_size < 16]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RecursionError, EOFError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({size} bytes): {error}") from error
     if not any(record.filename.endswith("/data.pkl") for record in records):
         raise CheckpointError(f"{path} is a zip file but not a torch checkpoint: it has no data.pkl")
+    if any(record.filename.endswith("/constants.pkl") for record in records):
+        raise CheckpointError(f"{path} is a TorchScript program, not a checkpoint: this reads what torch.save wrote")
+    if any(order != sys.byteorder.encode() for order in orders):
+        # torch would swap the mapped bytes in place, and giving pages back (MappedRange) would undo that.
+        raise CheckpointError(
+            f"{path} was not written on a {sys.byteorder}-endian machine like this: save it anew here"
+        )
     total = 0
     for record in records:
         total += record.file_size
@@ -133,43 +142,65 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             with safe_globals(allow):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the reader's failures on a hostile file have no common class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} can't be read as a torch checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} can't be read as a torch checkpoint: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not the dict of a RADIO checkpoint")
     return content
 
 
+def _reason(error: Exception) -> str:
+    """What was wrong, in one line: torch wraps it into advice to read the file unsafely."""
+    if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class MappedRange:
     """The memory a checkpoint file is mapped to, so that pages already copied can be given back.
 
-    Without this a load would count the file once as mapped pages and once as the model.
+    Without this a load would count the file once as mapped pages and once as the model. Tensors may lie elsewhere, so
+    the system is asked where the file is: pages of any other memory would be lost for good.
     """
 
-    def __init__(self, tensors: Iterator[Tensor]):
-        spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.numel()]
-        self.low = min((low for low, _ in spans), default=0)
-        self.high = max((high for _, high in spans), default=0)
-        self.madvise = None
+    def __init__(self, path: str | Path, tensors: Iterable[Tensor]):
+        self.ranges: list[tuple[int, int]] = []
         if sys.platform == "linux":
             self.madvise = ctypes.CDLL(None).madvise
             self.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+            starts = [tensor.data_ptr() for tensor in tensors if tensor.layout == torch.strided]
+            mapped = _mapped_ranges(path)
+            self.ranges = [(low, high) for low, high in mapped if any(low <= start < high for start in starts)]
 
     def release(self, tensor: Tensor) -> None:
         """Drop the pages that lie wholly inside a mapped tensor; touched again, they are read from the file again."""
-        self._drop(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+        start = tensor.data_ptr()
+        end = start + tensor.numel() * tensor.element_size()
+        if any(low <= start and end <= high for low, high in self.ranges):
+            self._drop(start, end)
 
     def release_all(self) -> None:
-        """Drop the pages of all mapped tensors."""
-        self._drop(self.low, self.high)
+        """Drop all pages of the file."""
+        for low, high in self.ranges:
+            self._drop(low, high)
 
     def _drop(self, low: int, high: int) -> None:
-        if self.madvise is None or low < self.low or high > self.high:
-            return
         page = mmap.PAGESIZE
         low, high = -(-low // page) * page, high // page * page
         if high > low:
             self.madvise(low, high - low, mmap.MADV_DONTNEED)
+
+
+def _mapped_ranges(path: str | Path) -> list[tuple[int, int]]:
+    """The address ranges that show a file in this process, as /proc/self/maps lists them."""
+    real = os.path.realpath(path).replace("\n", "\\012")
+    try:
+        lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).split("\n")
+    except OSError:
+        return []
+    fields = [line.split(maxsplit=5) for line in lines]
+    spans = [entry[0].split("-") for entry in fields if len(entry) == 6 and entry[5] == real]
+    return [(int(low, 16), int(high, 16)) for low, high in spans]
 
 
 # -- arguments ------------------------------------------------------------------------------------------------
@@ -245,8 +276,10 @@ def state_of_checkpoint(content: Mapping[str, Any]) -> ModelState:
     args = plain_args(content.get("args"))
     tensors = {str(key).removeprefix("module."): value for key, value in tensors.items()}
     for key, value in tensors.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise CheckpointError(f"the checkpoint's {key} must be a plain dense tensor, got {type(value).__name__}")
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"the checkpoint's {key} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise CheckpointError(f"the checkpoint's {key} must be a plain dense tensor with its data in the file")
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -55,11 +55,10 @@ def fetch(url: str, path: Path, *, progress: bool = True, sha256: str | None = N
     Raises:
         DownloadError: the server can't be reached or breaks off, the disk is full, or the hash is wrong.
     """
-    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
+    check_sha256(sha256)
     path = Path(path)
     if path.is_file():
-        _check_recorded(path, sha256)
+        verify(path, sha256)
         return path
 
     from filelock import FileLock
@@ -87,8 +86,8 @@ def _download(url: str, path: Path, progress: bool, sha256: str | None, timeout:
     etag = re.sub(r"[^0-9A-Za-z]", "", meta.etag or "")[:64]
     part = path.with_name(f"{path.name}.{etag[:16] or 'unknown'}.part")
     done = part.stat().st_size if part.exists() else 0
-    if meta.size is not None and done > meta.size:
-        part.unlink()
+    if done and (not etag or (meta.size is not None and done > meta.size)):
+        part.unlink()  # without an ETag nothing says that these are bytes of the same file
         done = 0
     # A token for the hub must not travel on to the storage host it redirects to.
     same_host = urlparse(url).netloc == urlparse(meta.location).netloc
@@ -126,8 +125,22 @@ def _download(url: str, path: Path, progress: bool, sha256: str | None, timeout:
     logger.info("downloaded %s to %s, sha256 %s", url, path, digest)
 
 
-def _check_recorded(path: Path, sha256: str | None) -> None:
-    """Hold a file in the cache against the hash asked for."""
+def check_sha256(sha256: str | None) -> None:
+    """64 hexadecimal digits, or None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
+
+
+def verify(path: Path, sha256: str | None) -> None:
+    """Hold a file that is there against the hash asked for, if one was.
+
+    Raises:
+        DownloadError: it has another.
+    """
     if sha256 is None:
         return
     with path.open("rb") as file:

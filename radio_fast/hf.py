@@ -101,6 +101,16 @@ def _remote_code(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mo
         layout = (max(num_cls, 1), 0, summary_idxs)
     backbone, plain = canonical_backbone(fold_spectral(_under(tensors, "radio_model.model."), 1e-12))
     names = config.get("adaptor_names") or ()
+    if not isinstance(names, (str, list, tuple)):
+        raise CheckpointError(f"config.json: adaptor_names must be a list of names, got {names!r}")
+    preferred = config.get("preferred_resolution")
+    if preferred is not None and not (
+        isinstance(preferred, list) and len(preferred) == 2 and all(type(side) is int for side in preferred)
+    ):
+        raise CheckpointError(f"config.json: preferred_resolution must be [height, width], got {preferred!r}")
+    for name in ("max_resolution", "vitdet_window_size"):
+        if config.get(name) is not None and type(config[name]) is not int:
+            raise CheckpointError(f"config.json: {name} must be an integer or null, got {config[name]!r}")
     return ModelState(
         arch=args["model"] or "",
         args=args,
@@ -112,12 +122,17 @@ def _remote_code(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mo
         inter_feature_normalizer=_under(tensors, "radio_model.inter_feature_normalizer."),
         layout=layout,
         default_adaptors=tuple([names] if isinstance(names, str) else map(str, names)),
+        version=str(config["version"]) if config.get("version") else None,
+        max_resolution=config.get("max_resolution"),
+        preferred_resolution=None if preferred is None else tuple(preferred),
+        vitdet_window_size=config.get("vitdet_window_size"),
     )
 
 
 # -- Transformers' own layout ---------------------------------------------------------------------------------
 
 _EMBEDDINGS = {
+    "radio_model.model.": "",
     "embeddings.patch_projection.": "patch_generator.embedder.",
     "embeddings.position_embedding": "patch_generator.pos_embed",
     "embeddings.cls_register_token": "patch_generator.cls_token.token",
@@ -135,7 +150,10 @@ _QKV = re.compile(r"\.attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|
 
 
 def native_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Backbone tensors from Transformers' names (in memory or on disk) into this package's; q, k and v in one matrix.
+    """Backbone tensors from Transformers' names into this package's; q, k and v in one matrix.
+
+    On disk Transformers writes the remote-code names, but for what that layout has no name for (its LayerScale and
+    SwiGLU); in memory its modules have names of their own. Both are taken, and any mixture.
 
     A LayerScale of ones everywhere is dropped: Transformers has the parameter where the model has none.
     """
@@ -172,12 +190,11 @@ def _native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSt
             raise CheckpointError(f"config.json: {name} must be of type {kind.__name__}, got {value!r}")
         return value
 
-    if any(key.startswith("radio_model.") for key in tensors):
-        backbone, _ = canonical_backbone(_under(tensors, "radio_model.model."))
-    else:
-        backbone, _ = canonical_backbone(native_backbone(tensors))
+    backbone, _ = canonical_backbone(native_backbone(tensors))
     num_cls = field("num_cls_tokens", int, 3)
     summary_idxs = _summary_idxs(tensors) or tuple(field("summary_idxs", list, [0, 1]))
+    if not all(type(i) is int for i in summary_idxs):
+        raise CheckpointError(f"config.json: summary_idxs must be a list of integers, got {config['summary_idxs']!r}")
     if "patch_generator.embedder.weight" in backbone:
         width = backbone["patch_generator.embedder.weight"].shape[0]
     else:
@@ -187,13 +204,19 @@ def _native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSt
     kwargs = {"num_heads": field("num_attention_heads", int, 16), "depth": field("num_hidden_layers", int, 32)}
     dtype = config.get("dtype") or config.get("torch_dtype")
     conditioner = {}
-    for name, default in (("norm_mean", None), ("norm_std", None)):
-        stored = tensors.get(f"radio_model.input_conditioner.{name}", tensors.get(f"input_conditioner.{name}", default))
-        conditioner[name] = torch.tensor(config[name]) if stored is None and name in config else stored
+    for name in ("norm_mean", "norm_std"):
+        stored = tensors.get(f"radio_model.input_conditioner.{name}", tensors.get(f"input_conditioner.{name}"))
+        if stored is None and name in config:
+            values = config[name]
+            if not isinstance(values, list) or len(values) != 3 or not all(type(v) in (int, float) for v in values):
+                raise CheckpointError(f"config.json: {name} must be a list of 3 numbers, got {values!r}")
+            stored = torch.tensor(values, dtype=torch.float32)
+        if stored is not None:
+            conditioner[name] = stored.view(3, 1, 1) if stored.numel() == 3 else stored
     return ModelState(
         arch="radio",
         args=plain_args({"model_kwargs": kwargs, "dtype": dtype}),
         backbone=backbone,
-        conditioner={name: t.view(3, 1, 1) for name, t in conditioner.items() if t is not None},
+        conditioner=conditioner,
         layout=(num_cls, 0, summary_idxs),
     )

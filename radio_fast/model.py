@@ -49,7 +49,7 @@ class RADIOModel(nn.Module):
         feature_normalizer: FeatureNormalizer | None = None,
         inter_feature_normalizer: IntermediateFeatureNormalizer | None = None,
         version: Version | None = None,
-        backend: str = "reference",
+        backend: str = "auto",
     ):
         super().__init__()
         self.input_conditioner = conditioner or InputConditioner()
@@ -59,10 +59,15 @@ class RADIOModel(nn.Module):
         self.inter_feature_normalizer = inter_feature_normalizer
         self.version = version
         self.backend = backend
+        model.set_backend(backend)
         self.register_buffer("summary_idxs", torch.tensor(model.spec.summary_idxs))
-        self._resolutions: tuple[int | None, Resolution | None] = (
-            (version.max_resolution, version.preferred_resolution) if version else (None, None)
-        )
+        self._max_resolution = version.max_resolution if version else None
+        self._preferred_resolution = version.preferred_resolution if version else None
+
+    def set_resolutions(self, max_resolution: int | None, preferred_resolution: tuple[int, int] | None) -> None:
+        """What a file says of the image sizes, in place of the version table."""
+        self._max_resolution = max_resolution
+        self._preferred_resolution = None if preferred_resolution is None else Resolution(*preferred_resolution)
 
     # -- properties -------------------------------------------------------------------------------------------------
 
@@ -74,12 +79,12 @@ class RADIOModel(nn.Module):
     @property
     def max_resolution(self) -> int | None:
         """The longest side seen in training, in pixels; None for a file that is no released version."""
-        return self._resolutions[0]
+        return self._max_resolution
 
     @property
     def preferred_resolution(self) -> Resolution | None:
         """The image size the version does best at, in pixels; None for a file that is no released version."""
-        return self._resolutions[1]
+        return self._preferred_resolution
 
     @property
     def window_size(self) -> int | None:

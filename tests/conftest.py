@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels then run on CPU tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -29,6 +33,30 @@ def golden_calls() -> list:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: on the GPU, or on the CPU in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill every torch.empty with NaN, so that an element a kernel does not write shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def outlier_input(*shape: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> torch.Tensor:
+    """Normal values, every 61st channel of the last axis 30 times larger: what RADIO's residual stream looks like."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    x[..., ::61] *= 30
+    return x.to(device, dtype)
 
 
 @pytest.fixture(autouse=True)

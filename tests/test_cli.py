@@ -65,7 +65,17 @@ def test_info_of_a_version_and_of_a_file():
 
 def test_doctor():
     text = run("doctor").stdout
-    for line in ("python", "torch", "triton", "GPU", "nvcc", "flash-attn", "xformers", "backend reference"):
+    for line in (
+        "python",
+        "torch",
+        "triton",
+        "GPU",
+        "nvcc",
+        "flash-attn",
+        "xformers",
+        "backend reference",
+        "backend triton",
+    ):
         assert re.search(rf"^(ok|--)\s+{line}", text, re.M), line
     findings = json.loads(run("doctor", "--json").stdout)
     assert {"name": "torch", "ok": True}.items() <= next(f for f in findings if f["name"] == "torch").items()

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_fast.layers.attention import Attention
+from radio_fast.layers.block import Block
 from radio_fast.layers.mlp import Mlp
-from radio_fast.layers.norm import LayerNorm, LayerScale
+from radio_fast.layers.norm import LayerNorm
 
 HEAD_EPS = 1e-5
 ATTN_HEADS = 16
@@ -57,21 +58,9 @@ class MlpV2(nn.Module):
         return self.final(x)
 
 
-class HeadBlock(nn.Module):
-    """The transformer block of an attention head: x += ls1·attn(norm1 x); x += ls2·mlp(norm2 x)."""
-
-    def __init__(self, dim: int, hidden: int, qkv_bias: bool):
-        super().__init__()
-        self.norm1 = LayerNorm(dim, 1e-6)
-        self.attn = Attention(dim, ATTN_HEADS, qkv_bias)
-        self.ls1 = LayerScale(dim)
-        self.norm2 = LayerNorm(dim, 1e-6)
-        self.mlp = Mlp(dim, hidden)
-        self.ls2 = LayerScale(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+def head_block(dim: int, hidden: int, qkv_bias: bool) -> Block:
+    """The transformer block of an attention head."""
+    return Block(LayerNorm(dim), Attention(dim, ATTN_HEADS, qkv_bias), LayerNorm(dim), Mlp(dim, hidden), True)
 
 
 class AttnHead(nn.Module):
@@ -79,7 +68,7 @@ class AttnHead(nn.Module):
 
     def __init__(self, dim: int, num_blocks: int, hidden: int, qkv_bias: bool, mlp: MlpV2):
         super().__init__()
-        self.blocks = nn.ModuleList(HeadBlock(dim, hidden, qkv_bias) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(head_block(dim, hidden, qkv_bias) for _ in range(num_blocks))
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:

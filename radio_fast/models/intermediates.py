@@ -21,7 +21,7 @@ def resolve_indices(indices: int | list[int] | tuple[int, ...] | None, depth: in
         if not 1 <= indices <= depth:
             raise ValueError(f"indices as a count must lie in 1…{depth} (the model's blocks), got {indices}")
         return list(range(depth - indices, depth))
-    if not isinstance(indices, (list, tuple)) or not all(isinstance(i, int) for i in indices):
+    if not isinstance(indices, (list, tuple)) or not all(type(i) is int for i in indices):
         raise ValueError(f"indices must be an int, a list of ints or None, got {indices!r}")
     if not indices or not all(-depth <= i < depth for i in indices):
         raise ValueError(f"indices must be one or more numbers in {-depth}…{depth - 1}, got {list(indices)}")

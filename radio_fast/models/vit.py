@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, cat, nn
 
 from radio_fast.layers.attention import Attention
+from radio_fast.layers.block import Block
 from radio_fast.layers.mlp import Mlp, SwiGLU
-from radio_fast.layers.norm import DynamicTanh, LayerNorm, LayerScale
+from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.layers.patch_embed import PatchGenerator
 from radio_fast.models.registry import ViTDet
 from radio_fast.models.spec import ViTSpec
@@ -20,34 +21,11 @@ def make_norm(spec: ViTSpec, block: int | None = None) -> nn.Module:
     return DynamicTanh(spec.embed_dim, scale) if spec.dynamic_tanh else LayerNorm(spec.embed_dim, 1e-6, scale)
 
 
-class Block(nn.Module):
-    """x += ls1·attn(norm1 x); x += ls2·mlp(norm2 x), x of shape (B, N, D)."""
-
-    def __init__(self, spec: ViTSpec, index: int):
-        super().__init__()
-        D = spec.embed_dim
-        self.norm1 = make_norm(spec, index)
-        self.attn = Attention(D, spec.num_heads, spec.qkv_bias)
-        self.ls1 = LayerScale(D) if spec.layer_scale else nn.Identity()
-        self.norm2 = make_norm(spec, index)
-        self.mlp = SwiGLU(D, spec.mlp_hidden) if spec.swiglu else Mlp(D, spec.mlp_hidden, spec.mlp_norm)
-        self.ls2 = LayerScale(D) if spec.layer_scale else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-def to_windows(x: Tensor, h: int, w: int, k: int) -> Tensor:
-    """(B, h·w, D) row by row → window by window: (window row, window column, row inside, column inside)."""
-    B, _, D = x.shape
-    return x.reshape(B, h // k, k, w // k, k, D).transpose(2, 3).reshape(B, h * w, D)
-
-
-def from_windows(x: Tensor, h: int, w: int, k: int) -> Tensor:
-    """The inverse of `to_windows`."""
-    B, _, D = x.shape
-    return x.reshape(B, h // k, w // k, k, k, D).transpose(2, 3).reshape(B, h * w, D)
+def make_block(spec: ViTSpec, index: int) -> Block:
+    D = spec.embed_dim
+    mlp = SwiGLU(D, spec.mlp_hidden) if spec.swiglu else Mlp(D, spec.mlp_hidden, spec.mlp_norm)
+    attn = Attention(D, spec.num_heads, spec.qkv_bias)
+    return Block(make_norm(spec, index), attn, make_norm(spec, index), mlp, spec.layer_scale)
 
 
 def windowed_blocks(depth: int, rule: ViTDet) -> frozenset[int]:
@@ -87,8 +65,16 @@ class VisionTransformer(nn.Module):
             resize_square=spec.resize_square,
             fixed_size=spec.fixed_size,
         )
-        self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.depth))
+        self.blocks = nn.ModuleList(make_block(spec, i) for i in range(spec.depth))
         self.norm = make_norm(spec) if spec.final_norm else nn.Identity()
+
+    def set_backend(self, backend: str, fuse_norm: bool = False) -> None:
+        """Which implementation of the ops the layers ask for; `fuse_norm`: LayerNorm inside the linears after it."""
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
+            if isinstance(module, Block):
+                module.fuse_norm = fuse_norm and isinstance(module.norm1, LayerNorm)
 
     def set_vitdet(self, window_size: int, rule: ViTDet) -> None:
         """Attend inside `window_size` × `window_size` patches in all blocks but the global ones of `rule`."""
@@ -102,32 +88,22 @@ class VisionTransformer(nn.Module):
         p = self.patch_generator.patch_size
         return image.shape[2] // p, image.shape[3] // p
 
-    def run_windowed(self, block: Block, x: Tensor) -> Tensor:
+    def run_windowed(self, block: Block, x: Tensor, h: int, w: int) -> Tensor:
         """One block inside the windows; the prefix tokens are set aside and pass unchanged."""
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        B, T, D = patches.shape
-        patches = block(patches.reshape(-1, self.window_size**2, D)).view(B, T, D)
-        return cat([prefix, patches], dim=1)
-
-    def reorder(self, x: Tensor, order: Callable, h: int, w: int) -> Tensor:
-        """x with its patches in another order; the prefix stays in front."""
-        patches = order(x[:, self.num_prefix :], h, w, self.window_size)
-        return cat([x[:, : self.num_prefix], patches], dim=1)
+        return cat([prefix, block(patches, (h, w, self.window_size))], dim=1)
 
     def run_blocks(
         self, x: Tensor, h: int, w: int, last: int | None = None, visit: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
-        """Blocks 0…last on x (B, P + T, D); `visit(i, tokens)` sees the tokens, row by row, after each block."""
-        vitdet = self.window_size is not None
-        if vitdet:
-            x = self.reorder(x, to_windows, h, w)
+        """Blocks 0…last on x (B, P + T, D); `visit(i, tokens)` sees the tokens after each block."""
         for i, block in enumerate(self.blocks):
-            x = self.run_windowed(block, x) if i in self.windowed else block(x)
+            x = self.run_windowed(block, x, h, w) if i in self.windowed else block(x)
             if visit is not None:
-                visit(i, self.reorder(x, from_windows, h, w) if vitdet else x)
+                visit(i, x)
             if i == last:
                 break
-        return self.reorder(x, from_windows, h, w) if vitdet else x
+        return x
 
     def forward(self, image: Tensor, conditioner: nn.Module | None = None) -> Tensor:
         x = self.patch_generator(image, conditioner)

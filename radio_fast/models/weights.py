@@ -18,6 +18,10 @@ from radio_fast.models.spec import ViTSpec, prefix_layout, spec_of_state
 State = dict[str, Tensor]
 
 
+# What every block of a model has, or none.
+_ALL_OR_NONE = ("attn.qkv.bias", "ls1.gamma", "ls2.gamma", "mlp.norm.weight", "norm1.alpha")
+
+
 @dataclass
 class ModelState:
     """What any file format is read into: tensors under this package's names and the arguments they came with."""
@@ -31,7 +35,12 @@ class ModelState:
     inter_feature_normalizer: State = field(default_factory=dict)
     fixed_size: bool = False  # a plain timm ViT, without CPE
     layout: tuple[int, int, tuple[int, ...]] | None = None  # cls tokens, registers, summary indices; None: from args
+    # What a Hugging Face folder's config says beside the weights.
     default_adaptors: tuple[str, ...] = ()
+    version: str | None = None
+    max_resolution: int | None = None
+    preferred_resolution: tuple[int, int] | None = None
+    vitdet_window_size: int | None = None
 
     def spec(self) -> ViTSpec:
         """The structure of the backbone.
@@ -55,9 +64,14 @@ class ModelState:
                 num_registers = stored.shape[0] - num_cls
             layout = (num_cls, num_registers, summary_idxs)
             args = self.args
-            return spec_of_state(
+            spec = spec_of_state(
                 self.backbone, self.arch, args["model_kwargs"], bool(args["model_norm"]), layout, self.fixed_size
             )
+            for leaf in _ALL_OR_NONE:
+                having = [f"blocks.{i}.{leaf}" in self.backbone for i in range(spec.depth)]
+                if any(having) and not all(having):
+                    raise KeyError(f"blocks.{having.index(False)}.{leaf}")
+            return spec
         except KeyError as error:
             raise missing_tensor(str(error.args[0])) from None
         except (ValueError, IndexError) as error:
@@ -91,10 +105,18 @@ def canonical_backbone(state: State) -> tuple[State, bool]:
     plain = "patch_embed.proj.weight" in out
     if plain:
         for key in ("cls_token", "pos_embed"):
-            if key not in out or out[key].ndim != 3:
+            if key not in out:
                 raise missing_tensor(key)
         cls_token, positions = out.pop("cls_token"), out.pop("pos_embed")
-        out["patch_generator.embedder.weight"] = out.pop("patch_embed.proj.weight").flatten(1)
+        projection = out.pop("patch_embed.proj.weight")
+        width = projection.shape[0] if projection.ndim == 4 else None
+        if cls_token.shape != (1, 1, width) or positions.ndim != 3 or positions.shape[::2] != (1, width):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (projection, cls_token, positions))
+            raise CheckpointError(
+                f"a plain ViT's patch_embed.proj.weight, cls_token and pos_embed must be of shape (D, 3, p, p), "
+                f"(1, 1, D) and (1, T + 1, D), got {shapes}"
+            )
+        out["patch_generator.embedder.weight"] = projection.flatten(1)
         if "patch_embed.proj.bias" in out:
             out["patch_generator.embedder.bias"] = out.pop("patch_embed.proj.bias")
         out["patch_generator.cls_token.token"] = cls_token[0] + positions[0, :1]

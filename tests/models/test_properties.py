@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+
 import pytest
 import torch
 
 import radio_fast
 from radio_fast.models.registry import ARCHS, VERSIONS, ViTDet, find_version
 from radio_fast.models.spec import prefix_layout, spec_of_version
-from radio_fast.models.vit import from_windows, to_windows, windowed_blocks
+from radio_fast.models.vit import windowed_blocks
+from radio_fast.ops.attention import from_windows, to_windows
 from tests.conftest import golden_source
 
 VITS = [name for name, row in VERSIONS.items() if not row.is_eradio]
@@ -21,7 +26,7 @@ def test_properties_of_a_bare_file():
     assert (model.num_summary_tokens, model.num_cls_tokens) == (8, 4)
     assert (model.embed_dim, model.summary_dim, len(model.blocks)) == (160, 480, 3)
     assert set(model.adaptors) == set()
-    assert model.backend == "reference"
+    assert model.backend == "auto"
     assert model.model.blocks is model.blocks
     assert isinstance(model.input_conditioner, torch.nn.Module)
 
@@ -75,6 +80,7 @@ def test_window_order(h, w, k):
         for wy in range(h // k) for wx in range(w // k) for y in range(k) for x_ in range(k)
     ]  # fmt: skip
     ordered = to_windows(x, h, w, k)
+    assert ordered.shape == (h * w // k**2, k * k, 1)
     assert ordered.flatten().tolist() == expected
     assert torch.equal(from_windows(ordered, h, w, k), x)
 
@@ -172,3 +178,33 @@ def test_dtype_follows_the_file_and_the_argument():
     assert radio_fast.load(golden_source("vit_h16_bf16")).blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     loaded = radio_fast.load(golden_source("vit_h16_bf16"), dtype="float32")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_hugging_face_config_beside_the_weights(tmp_path):
+    """Resolutions, ViTDet window and version of a folder's config apply; arguments go before them."""
+    shutil.copytree(golden_source("hf_vit_l16"), tmp_path, dirs_exist_ok=True)
+    model = radio_fast.load(tmp_path)
+    assert (model.max_resolution, model.preferred_resolution) == (2048, (768, 768))
+    assert model.version.name == "radio_v2.5-h"
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"max_resolution": 1024, "preferred_resolution": [512, 256], "adaptor_names": []}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = radio_fast.load(tmp_path)
+    assert (model.max_resolution, model.preferred_resolution) == (1024, (512, 256))
+    assert model.window_size is None
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vitdet_window_size": 2}))
+    with pytest.raises(ValueError, match="ViTDet mode needs at least one windowed block"):
+        radio_fast.load(tmp_path)  # two blocks are too few for it
+    (tmp_path / "config.json").write_text(json.dumps(config | {"preferred_resolution": "large"}))
+    with pytest.raises(
+        radio_fast.CheckpointError, match=r"preferred_resolution must be \[height, width\], got 'large'"
+    ):
+        radio_fast.load(tmp_path)
+
+
+def test_hash_of_a_local_file():
+    path = golden_source("vit_h16")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    radio_fast.load(path, sha256=digest.upper())
+    with pytest.raises(radio_fast.DownloadError, match=f"has sha256 {digest}, expected {'0' * 64}"):
+        radio_fast.load(path, sha256="0" * 64)
