@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from radio_fast.download import default_cache_dir
+from radio_fast.ops._dispatch import why_not_triton
 from radio_fast.version import __version__
 
 
@@ -54,6 +55,16 @@ def _gpus() -> list[Finding]:
     return found
 
 
+def _triton_backend() -> Finding:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dots, rows = (why_not_triton(device, needs_dot=needs_dot) for needs_dot in (True, False))
+    if dots is None:
+        return Finding("backend triton", True, f"all kernels, on {device}")
+    if rows is None:
+        return Finding("backend triton", True, f"row-wise kernels only: {dots}")
+    return Finding("backend triton", None, f"can't run: {dots}")
+
+
 def examine() -> list[Finding]:
     """Look at everything; no finding is ever an exception."""
     torch_ok = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 10)
@@ -67,11 +78,12 @@ def examine() -> list[Finding]:
         Finding("torch", torch_ok, torch_detail),
         Finding("CPU", True, f"{platform.processor() or platform.machine()}, {cpu}"),
         *_gpus(),
-        _package("triton", "triton", "comes with torch's CUDA builds"),
+        _package("triton", "triton", "the kernels need it; it comes with torch's CUDA builds"),
         _nvcc(),
         _package("flash-attn", "flash-attn", "optional attention provider"),
         _package("xformers", "xformers", "optional attention provider"),
         _package("transformers", "transformers", "only needed to compare against its RadioModel"),
         Finding("backend reference", torch_ok, "plain PyTorch, on any device that torch has"),
+        _triton_backend(),
         Finding("cache", True, str(default_cache_dir())),
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from radio_fast.ops._dispatch import BACKENDS, why_not_triton
+
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-BACKENDS = ("auto", "reference")
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -44,12 +45,15 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     return resolved
 
 
-def resolve_backend(backend: str) -> str:
-    """The name of the implementation that will run.
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """`backend`, once it is known that it can run on `device`.
 
     Raises:
-        ValueError: a name that is no backend.
+        ValueError: a name that is no backend, or "triton" where the kernels can't run; the message says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    return "reference"
+    reason = why_not_triton(device, needs_dot=True) if backend == "triton" else None
+    if reason is not None:
+        raise ValueError(f"backend 'triton' can't run on {device}: {reason}")
+    return backend

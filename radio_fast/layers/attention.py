@@ -7,7 +7,9 @@ from radio_fast.layers.mlp import Linear
 
 
 class Attention(nn.Module):
-    """proj(attention(qkv x)), q, k and v from one linear layer."""
+    """proj(attention(qkv)), q, k and v from one linear layer."""
+
+    backend = "auto"
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
@@ -15,5 +17,6 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(ops.attention(self.qkv(x), self.num_heads))
+    def mix(self, qkv: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
+        """What comes after the qkv layer; `window` (h, w, k): inside k × k windows of an h × w grid of tokens."""
+        return self.proj(ops.attention(qkv, self.num_heads, window=window, backend=self.backend))

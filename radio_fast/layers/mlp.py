@@ -7,14 +7,23 @@ from radio_fast.layers.norm import LayerNorm
 
 
 class Linear(nn.Linear):
-    """x·weightᵀ + bias, with the activation that follows it."""
+    """residual + layer_scale · act(x·weightᵀ + bias)."""
+
+    backend = "auto"
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None):
         super().__init__(in_features, out_features, bias=bias)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, self.activation)
+    def forward(self, x: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, self.activation, residual, layer_scale, backend=self.backend)
+
+    def after_norm(self, x: Tensor, mean: Tensor, rstd: Tensor, norm: LayerNorm) -> Tensor:
+        """act(norm(x)·weightᵀ + bias) in one, from the rows' statistics."""
+        return ops.ln_linear(
+            x, mean, rstd, norm.weight, norm.bias, norm.scale, self.weight, self.bias, self.activation,
+            backend=self.backend,
+        )  # fmt: skip
 
 
 class Mlp(nn.Module):
@@ -23,11 +32,15 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, norm: bool = False, eps: float = 1e-6):
         super().__init__()
         self.fc1 = Linear(dim, hidden, activation="gelu")
-        self.norm = LayerNorm(hidden, eps) if norm else nn.Identity()
+        self.norm = LayerNorm(hidden, eps) if norm else None
         self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.norm(self.fc1(x)))
+    @property
+    def expand(self) -> Linear:
+        return self.fc1
+
+    def contract(self, hidden: Tensor, residual: Tensor, layer_scale: Tensor | None) -> Tensor:
+        return self.fc2(hidden if self.norm is None else self.norm(hidden), residual, layer_scale)
 
 
 class SwiGLU(nn.Module):
@@ -38,5 +51,9 @@ class SwiGLU(nn.Module):
         self.w12 = Linear(dim, 2 * hidden, activation="swiglu")
         self.w3 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.w12(x))
+    @property
+    def expand(self) -> Linear:
+        return self.w12
+
+    def contract(self, hidden: Tensor, residual: Tensor, layer_scale: Tensor | None) -> Tensor:
+        return self.w3(hidden, residual, layer_scale)

@@ -63,6 +63,8 @@ class PatchGenerator(nn.Module):
     architecture's own image size, and a plain ViT whose image size can't change.
     """
 
+    backend = "auto"
+
     def __init__(
         self,
         embed_dim: int,
@@ -99,12 +101,12 @@ class PatchGenerator(nn.Module):
         """(h·w, D), computed once per size while the table stays as it is."""
         table = self.pos_embed
         if torch.compiler.is_compiling() or (table.requires_grad and torch.is_grad_enabled()) or table.is_inference():
-            return ops.pos_embed(table[0], h, w, self.resize_square)
+            return ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend)
         key = (h, w, table.data_ptr(), table._version, table.dtype, table.device)
         pos = self._pos_cache.get(key)
         if pos is None:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used under autograd
-                pos = ops.pos_embed(table[0], h, w, self.resize_square)
+                pos = ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend)
             self._pos_cache.put(key, pos)
         return pos
 
@@ -116,4 +118,6 @@ class PatchGenerator(nn.Module):
             image = conditioner(image)
         h, w = (side // self.patch_size for side in image.shape[2:])
         weight, bias, prefix = self.embedder.weight, self.embedder.bias, self.cls_token.token
-        return ops.patch_embed(image, weight, bias, self.positions(h, w), prefix, self.patch_size, mean, std)
+        return ops.patch_embed(
+            image, weight, bias, self.positions(h, w), prefix, self.patch_size, mean, std, backend=self.backend
+        )

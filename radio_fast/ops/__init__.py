@@ -1,12 +1,25 @@
 """The operations a RADIO model is made of, as functions of tensors.
 
-The plain PyTorch forms here are the truth that every kernel is held against.
+Each takes `backend`: "reference" is plain PyTorch, the truth that every kernel is held against; "triton" the kernel;
+"auto" chooses (`_dispatch.choose`).
 """
 
 from radio_fast.ops.attention import attention
-from radio_fast.ops.linear import linear
-from radio_fast.ops.norm import dynamic_tanh, layer_norm
+from radio_fast.ops.linear import linear, ln_linear
+from radio_fast.ops.norm import add_layer_norm, add_norm_stats, dynamic_tanh, layer_norm, norm_stats
 from radio_fast.ops.patch_embed import patch_embed
-from radio_fast.ops.pos_embed import pos_embed
+from radio_fast.ops.pos_embed import pos_embed, pos_embed_varlen
 
-__all__ = ["attention", "dynamic_tanh", "layer_norm", "linear", "patch_embed", "pos_embed"]
+__all__ = [
+    "add_layer_norm",
+    "add_norm_stats",
+    "attention",
+    "dynamic_tanh",
+    "layer_norm",
+    "linear",
+    "ln_linear",
+    "norm_stats",
+    "patch_embed",
+    "pos_embed",
+    "pos_embed_varlen",
+]

@@ -1,20 +1,106 @@
-"""Scaled dot-product attention on packed q, k, v."""
+"""Scaled dot-product attention on packed q, k, v: over whole images, packed images of several sizes, or windows."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
 
-def attention(qkv: Tensor, num_heads: int) -> Tensor:
+HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128)
+
+
+def to_windows(x: Tensor, h: int, w: int, k: int) -> Tensor:
+    """(B, h·w, D) row by row → (B·windows, k·k, D), windows row by row and so are the tokens in each."""
+    D = x.shape[-1]
+    return x.reshape(-1, h // k, k, w // k, k, D).transpose(2, 3).reshape(-1, k * k, D)
+
+
+def from_windows(x: Tensor, h: int, w: int, k: int) -> Tensor:
+    """The inverse of `to_windows`."""
+    D = x.shape[-1]
+    return x.reshape(-1, h // k, w // k, k, k, D).transpose(2, 3).reshape(-1, h * w, D)
+
+
+def attention_ref(
+    qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None = None, window: tuple[int, int, int] | None = None
+) -> Tensor:
+    if cu_seqlens is not None:
+        parts = qkv.tensor_split(cu_seqlens[1:-1].cpu())
+        return torch.cat([attention_ref(part.unsqueeze(0), num_heads)[0] for part in parts])
+    if window is not None:
+        return from_windows(attention_ref(to_windows(qkv, *window), num_heads), *window)
+    B, N, width = qkv.shape
+    q, k, v = qkv.reshape(B, N, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, width // 3)
+
+
+def _limit(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, window: tuple[int, int, int] | None) -> str | None:
+    rank = 3 if cu_seqlens is None else 2
+    if qkv.ndim != rank or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+        shape = "(B, N, 3·H·d)" if rank == 3 else "(tokens, 3·H·d) beside cu_seqlens"
+        return f"qkv must have shape {shape} with H = {num_heads} heads, got {tuple(qkv.shape)}"
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if head_dim not in HEAD_DIMS:
+        return f"head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+    if cu_seqlens is not None:
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2:
+            return f"cu_seqlens must be int32 of shape (images + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        if cu_seqlens.device != qkv.device:
+            return f"cu_seqlens is on {cu_seqlens.device}, expected {qkv.device}"
+        if window is not None:
+            return "cu_seqlens and window can't be combined"
+    if window is not None:
+        h, w, k = window
+        if k < 1 or h % k or w % k or h * w != qkv.shape[1]:
+            return f"window (h, w, k) needs h·w = {qkv.shape[1]} tokens and k dividing both sides, got {window}"
+    return limit_of(qkv)
+
+
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: tuple[int, int, int] | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """softmax(q·kᵀ / √d)·v for each head, not causal (Vaswani et al., 2017).
 
     Args:
-        qkv: (B, N, 3·H·d), ordered (q, k, v) × heads × d, as one linear layer leaves it.
+        qkv: (B, N, 3·H·d), ordered (q, k, v) × heads × d, as one linear layer leaves it; read in place, only the last
+            axis must be contiguous. Packed images: (tokens, 3·H·d).
+        cu_seqlens: (images + 1,) int32, where each packed image begins: 0, …, tokens. None: B images of N tokens.
+        max_seqlen: the longest packed image's tokens; read off `cu_seqlens`, at the cost of a synchronisation, if None.
+        window: (h, w, k): the N = h·w tokens are a grid, row by row, and attend inside windows of k × k.
 
     Returns:
-        (B, N, H·d) in qkv's dtype.
+        (B, N, H·d), or (tokens, H·d), in qkv's dtype; the softmax is float32.
     """
-    B, N, width = qkv.shape
-    q, k, v = qkv.view(B, N, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, width // 3)
+    limit = _limit(qkv, num_heads, cu_seqlens, window)
+    if choose("attention", backend, qkv, needs_dot=True, limit=limit) == "triton":
+        if cu_seqlens is not None and max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        return torch.ops.radio_fast.attention(qkv, num_heads, cu_seqlens, max_seqlen or 0, list(window or ()))
+    return attention_ref(qkv, num_heads, cu_seqlens, window)
+
+
+# -- operator --------------------------------------------------------------------------------------------------
+
+
+def _kernel(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, window: list[int]) -> Tensor:
+    from radio_fast.kernels import attention
+
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    return attention.attention(qkv, num_heads, cu_seqlens, max_seqlen, tuple(window) or None, sm_of(qkv.device))
+
+
+register(
+    "attention",
+    "(Tensor qkv, int num_heads, Tensor? cu_seqlens, int max_seqlen, int[] window) -> Tensor",
+    lambda qkv, num_heads, cu_seqlens, max_seqlen, window: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
+    _kernel,
+)

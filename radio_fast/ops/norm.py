@@ -1,4 +1,4 @@
-"""Row-wise normalisations."""
+"""Row-wise normalisations, alone or together with the residual add before them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,145 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, scale: float = 1.0) -> Tensor:
-    """scale · ((x − mean) / √(var + eps) · weight + bias) over the last axis (Ba et al., 2016)."""
+MAX_WIDTH = 16384  # a row stays on chip
+
+
+def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, scale: float = 1.0) -> Tensor:
     y = F.layer_norm(x, weight.shape, weight, bias, eps)
     return y if scale == 1.0 else y * scale
+
+
+def add_ref(x: Tensor, y: Tensor, layer_scale: Tensor | None) -> Tensor:
+    return x + (y if layer_scale is None else y * layer_scale)
+
+
+def norm_stats_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.float(), dim=-1, correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def _limit(x: Tensor, **others: Tensor | None) -> str | None:
+    if x.ndim < 1 or not 0 < x.shape[-1] <= MAX_WIDTH:
+        return f"the last axis must have 1…{MAX_WIDTH} entries, got shape {tuple(x.shape)}"
+    for name, tensor in others.items():
+        wanted = x.shape if name == "y" else x.shape[-1:]
+        if tensor is not None and tensor.shape != wanted:
+            return f"{name} must have shape {tuple(wanted)}, got {tuple(tensor.shape)}"
+    return limit_of(x, **others)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float = 1.0, *, backend: str = "auto"
+) -> Tensor:
+    """scale · ((x − mean) / √(var + eps) · weight + bias) over the last axis (Ba et al., 2016).
+
+    Args:
+        x: (..., D), any strides. weight, bias: (D).
+
+    Returns:
+        (..., D) in x's dtype; statistics and arithmetic are float32.
+    """
+    limit = _limit(x, weight=weight, bias=bias)
+    if choose("layer_norm", backend, x, weight, bias, needs_dot=False, limit=limit) == "triton":
+        return torch.ops.radio_fast.layer_norm(x, weight, bias, eps, scale)
+    return layer_norm_ref(x, weight, bias, eps, scale)
+
+
+def add_layer_norm(
+    x: Tensor,
+    y: Tensor,
+    layer_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(s, layer_norm(s)) with s = x + y · layer_scale, in one pass over memory.
+
+    Args:
+        x, y: (..., D). layer_scale: (D) or None. weight, bias, eps, scale: as for `layer_norm`.
+
+    Returns:
+        Both (..., D) in x's dtype. The norm is taken of s as it is stored, rounded to that dtype.
+    """
+    limit = _limit(x, y=y, layer_scale=layer_scale, weight=weight, bias=bias)
+    if choose("add_layer_norm", backend, x, y, layer_scale, weight, bias, needs_dot=False, limit=limit) == "triton":
+        return torch.ops.radio_fast.add_layer_norm(x, y, layer_scale, weight, bias, eps, scale)
+    s = add_ref(x, y, layer_scale)
+    return s, layer_norm_ref(s, weight, bias, eps, scale)
+
+
+def norm_stats(x: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(mean, 1/√(var + eps)) of each row, what `ln_linear` needs.
+
+    Args:
+        x: (..., D), any strides.
+
+    Returns:
+        Both (...), float32.
+    """
+    if choose("norm_stats", backend, x, needs_dot=False, limit=_limit(x)) == "triton":
+        return torch.ops.radio_fast.norm_stats(x, eps)
+    return norm_stats_ref(x, eps)
+
+
+def add_norm_stats(
+    x: Tensor, y: Tensor, layer_scale: Tensor | None, eps: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, mean, 1/√(var + eps)) with s = x + y · layer_scale: `add_layer_norm` that leaves the norm to `ln_linear`."""
+    limit = _limit(x, y=y, layer_scale=layer_scale)
+    if choose("add_norm_stats", backend, x, y, layer_scale, needs_dot=False, limit=limit) == "triton":
+        return torch.ops.radio_fast.add_norm_stats(x, y, layer_scale, eps)
+    s = add_ref(x, y, layer_scale)
+    return s, *norm_stats_ref(s, eps)
 
 
 def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
     """scale · (weight · tanh(alpha·x) + bias), a norm without statistics (Zhu et al., 2025)."""
     y = torch.tanh(alpha * x) * weight + bias
     return y if scale == 1.0 else y * scale
+
+
+# -- operators -------------------------------------------------------------------------------------------------
+
+
+def _kernels():
+    from radio_fast.kernels import layer_norm
+
+    return layer_norm
+
+
+def _stats_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+
+
+register(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, float scale) -> Tensor",
+    lambda x, weight, bias, eps, scale: x.new_empty(x.shape),
+    lambda x, weight, bias, eps, scale: _kernels().layer_norm(x, weight, bias, eps, scale, sm_of(x.device)),
+)
+register(
+    "add_layer_norm",
+    "(Tensor x, Tensor y, Tensor? layer_scale, Tensor weight, Tensor bias, float eps, float scale) -> (Tensor, Tensor)",
+    lambda x, y, layer_scale, weight, bias, eps, scale: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    lambda x, y, layer_scale, weight, bias, eps, scale: _kernels().add_layer_norm(
+        x, y, layer_scale, weight, bias, eps, scale, sm_of(x.device)
+    ),
+)
+register(
+    "norm_stats",
+    "(Tensor x, float eps) -> (Tensor, Tensor)",
+    lambda x, eps: _stats_like(x),
+    lambda x, eps: _kernels().norm_stats(x, eps, sm_of(x.device)),
+)
+register(
+    "add_norm_stats",
+    "(Tensor x, Tensor y, Tensor? layer_scale, float eps) -> (Tensor, Tensor, Tensor)",
+    lambda x, y, layer_scale, eps: (x.new_empty(x.shape), *_stats_like(x)),
+    lambda x, y, layer_scale, eps: _kernels().add_norm_stats(x, y, layer_scale, eps, sm_of(x.device)),
+)

@@ -1,4 +1,4 @@
-"""Cropped position embedding (CPE) at inference: the position table resized to an image's grid of patches."""
+"""Cropped position embedding (CPE) at inference: the position table resized to images' grids of patches."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+
 
 def _resize(grid: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(grid, size=(h, w), mode="bilinear", align_corners=False)
 
 
-def pos_embed(table: Tensor, h: int, w: int, resize_square: bool = True) -> Tensor:
-    """Positions for h × w patches.
-
-    With `resize_square` the table is resized bilinearly (half-pixel centres, no antialias) to m × m, m = max(h, w), and
-    the top-left h × w corner is taken; without it the corner is taken from the table as it is, and only if a side is
-    then still too short is that corner resized, to h × w.
-
-    Args:
-        table: (R·R, D), row by row.
-
-    Returns:
-        (h·w, D) in the table's dtype; the arithmetic is float32.
-    """
+def pos_embed_ref(table: Tensor, h: int, w: int, resize_square: bool = True) -> Tensor:
     R = round(table.shape[0] ** 0.5)
     if (h, w) == (R, R):
         return table
@@ -36,3 +26,54 @@ def pos_embed(table: Tensor, h: int, w: int, resize_square: bool = True) -> Tens
         if grid.shape[2:] != (h, w):
             grid = _resize(grid, h, w)
         return grid.flatten(2).squeeze(0).t().contiguous().to(table.dtype)
+
+
+def pos_embed(table: Tensor, h: int, w: int, resize_square: bool = True, *, backend: str = "auto") -> Tensor:
+    """Positions for h × w patches.
+
+    With `resize_square` the table is resized bilinearly (half-pixel centres, no antialias) to m × m, m = max(h, w), and
+    the top-left h × w corner is taken; without it the corner is taken from the table as it is, and only if a side is
+    then still too short is that corner resized, to h × w.
+
+    Args:
+        table: (R·R, D), row by row.
+
+    Returns:
+        (h·w, D) in the table's dtype; the arithmetic is float32.
+    """
+    return pos_embed_varlen(table, [(h, w)], resize_square, backend=backend)
+
+
+def pos_embed_varlen(
+    table: Tensor, sizes: list[tuple[int, int]], resize_square: bool = True, *, backend: str = "auto"
+) -> Tensor:
+    """`pos_embed` for several sizes (h, w), one after another: (Σ h·w, D), by one launch of the kernel."""
+    if not sizes or not all(h > 0 and w > 0 for h, w in sizes):
+        raise ValueError(f"sizes must be one or more (rows, columns) of at least one patch, got {sizes}")
+    limit = limit_of(table)
+    if table.ndim != 2 or round(table.shape[0] ** 0.5) ** 2 != table.shape[0]:
+        limit = f"table must have shape (R·R, D), got {tuple(table.shape)}"
+    if choose("pos_embed", backend, table, needs_dot=False, limit=limit) == "triton":
+        heights, widths = map(list, zip(*sizes, strict=True))
+        return torch.ops.radio_fast.pos_embed(table, heights, widths, resize_square)
+    parts = [pos_embed_ref(table, h, w, resize_square) for h, w in sizes]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# -- operator --------------------------------------------------------------------------------------------------
+
+
+def _kernel(table: Tensor, heights: list[int], widths: list[int], resize_square: bool) -> Tensor:
+    from radio_fast.kernels import pos_embed
+
+    return pos_embed.pos_embed(table.contiguous(), heights, widths, resize_square, sm_of(table.device))
+
+
+register(
+    "pos_embed",
+    "(Tensor table, int[] heights, int[] widths, bool resize_square) -> Tensor",
+    lambda table, heights, widths, resize_square: table.new_empty(
+        (sum(h * w for h, w in zip(heights, widths, strict=True)), table.shape[1])
+    ),
+    _kernel,
+)

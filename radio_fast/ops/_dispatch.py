@@ -1,0 +1,113 @@
+"""Which implementation of an op runs: plain PyTorch or a kernel.
+
+Every op has a plain form `*_ref` in its file, and an operator `torch.ops.radio_fast.<op>` that runs the Triton kernel.
+`choose` decides between them; an implementation asked for by name that can't run is an error, never a silent
+replacement.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from radio_fast.arch import arch_of
+
+BACKENDS = ("auto", "reference", "triton")
+LIBRARY = torch.library.Library("radio_fast", "FRAGMENT")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on CPU tensors (TRITON_INTERPRET=1 at its import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED_SM = 90  # whose configurations the interpreter runs, unless RADIO_FAST_ARCH says otherwise
+
+
+def sm_of(device: torch.device) -> int:
+    """The architecture whose configurations the kernels take on `device`."""
+    if device.type != "cuda":
+        return int(os.environ.get("RADIO_FAST_ARCH") or INTERPRETED_SM)
+    return arch_of(*torch.cuda.get_device_capability(device)).sm
+
+
+def why_not_triton(device: torch.device, needs_dot: bool) -> str | None:
+    """None where the Triton kernels run on `device`, else the reason why they don't.
+
+    `needs_dot`: the kernel multiplies matrices. Before sm_80 Triton has no tensor cores for that, and cuBLAS does it
+    many times faster.
+    """
+    if not HAVE_TRITON:
+        return "triton is not installed"
+    if device.type == "cpu":
+        return None if interpreting() else "on the CPU Triton kernels run only under TRITON_INTERPRET=1"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"the kernels are for NVIDIA GPUs, not for {device.type}"
+    if interpreting():
+        return "TRITON_INTERPRET=1 is set: kernels would run on the CPU"
+    try:
+        arch = arch_of(*torch.cuda.get_device_capability(device))
+    except ValueError as error:
+        return str(error)
+    if needs_dot and not arch.tensor_core_dot:
+        return f"Triton has no tensor cores on sm_{arch.sm}"
+    return None
+
+
+def choose(op: str, backend: str, *tensors: Tensor | None, needs_dot: bool, limit: str | None = None) -> str:
+    """ "reference" or "triton" for this call.
+
+    `backend` is what the caller wants; the environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
+    "auto" takes the kernel where it runs: on a GPU, outside autograd and autocast, within the kernel's limits (`limit`
+    is the one this call breaks, if any). Else it takes plain PyTorch.
+
+    Raises:
+        ValueError: no such backend, or "triton" was asked for and can't run; the message says why.
+    """
+    if backend == "auto":
+        backend = os.environ.get(f"RADIO_FAST_{op.upper()}") or os.environ.get("RADIO_FAST_BACKEND") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend of {op} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    present = [t for t in tensors if t is not None]
+    device = present[0].device
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return "reference"
+    reason = limit or why_not_triton(device, needs_dot)
+    if reason is None and torch.is_grad_enabled() and any(t.requires_grad for t in present):
+        reason = "the kernels have no backward: use torch.no_grad() or the reference backend"
+    if reason is None and torch.is_autocast_enabled(device.type):
+        reason = "autocast is on: cast the model with .to(dtype) instead, or use the reference backend"
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "reference"
+    raise ValueError(f"the triton backend of {op} can't run here: {reason}")
+
+
+def register(name: str, schema: str, fake, kernel) -> None:
+    """Define `radio_fast::<name>`: its kernel for CUDA (and interpreted CPU) tensors, and its fake form."""
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"radio_fast::{name}", fake, lib=LIBRARY)
+
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def limit_of(first: Tensor, **others: Tensor | None) -> str | None:
+    """What breaks the kernels' common limits: `first` is float16, bfloat16 or float32, the others are like it."""
+    if first.dtype not in KERNEL_DTYPES:
+        return f"dtype must be float16, bfloat16 or float32, got {first.dtype}"
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            return f"{name} is on {tensor.device}, expected {first.device} like the input"
+        if tensor.dtype != first.dtype:
+            return f"{name} is {tensor.dtype}, expected {first.dtype} like the input"
+    return None
