@@ -36,7 +36,7 @@ def precision_of(dtype_bytes: int) -> str:
 
 
 class LinearRow(NamedTuple):
-    """Tiles for M up to `max_m` rows. For SwiGLU, which has two accumulators, BLOCK_N is halved.
+    """Tiles for M up to `max_m` rows.
 
     SPLIT: pieces the epilogue is done in. per_sm: programs that share an SM. rate: speed of the product against the
     first row of unlimited M (est.: from the operand bytes a tile needs per multiply-add; not measured).
@@ -51,6 +51,10 @@ class LinearRow(NamedTuple):
     SPLIT: int
     per_sm: int
     rate: float
+
+    def block_n(self, activation: str | None) -> int:
+        """SwiGLU has two accumulators: half the columns, but where the tile is small anyway."""
+        return self.BLOCK_N // 2 if activation == "swiglu" and self.max_m == ANY else self.BLOCK_N
 
 
 ANY = float("inf")
@@ -71,10 +75,10 @@ LINEAR: dict[tuple[str, int], tuple[LinearRow, ...]] = {  # (what tl.dot becomes
         LinearRow(ANY,  64,  64,  32, 4, 3, 2, 2, 0.8),
     ),
     ("wgmma", 2): (
-        LinearRow(16,   16,  32, 256, 4, 5, 1, 1, 1.0),
+        LinearRow(16,   16,  32, 128, 4, 8, 1, 1, 1.0),
         LinearRow(64,   64,  32, 128, 4, 6, 1, 1, 1.0),
         LinearRow(ANY, 128, 256,  64, 8, 4, 4, 1, 1.0),
-        LinearRow(ANY, 128, 128,  64, 4, 3, 4, 2, 0.85),
+        LinearRow(ANY, 128, 128,  64, 8, 3, 4, 2, 0.85),
         LinearRow(ANY,  64, 128,  64, 4, 4, 2, 2, 0.7),
         LinearRow(ANY,  64,  64,  64, 4, 5, 1, 2, 0.45),
     ),
@@ -85,7 +89,7 @@ LINEAR: dict[tuple[str, int], tuple[LinearRow, ...]] = {  # (what tl.dot becomes
         LinearRow(ANY,  64,  64,  32, 4, 3, 2, 2, 0.6),
     ),
     ("tcgen05", 2): (
-        LinearRow(16,   16,  32, 256, 4, 5, 1, 1, 1.0),
+        LinearRow(16,   16,  32, 128, 4, 8, 1, 1, 1.0),
         LinearRow(64,   64,  32, 128, 4, 6, 1, 1, 1.0),
         LinearRow(ANY, 128, 256,  64, 8, 4, 4, 1, 1.0),
         LinearRow(ANY, 128, 128,  64, 4, 3, 4, 2, 0.8),
@@ -103,9 +107,13 @@ SM_COUNT = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 110: 
 
 
 def linear_rows(sm: int, dtype_bytes: int, tma: bool) -> tuple[LinearRow, ...]:
-    """`tma`: x and weight can be read through tensor descriptors; what can't be takes the rows of sm_80 everywhere."""
-    dot = "mma" if sm < 90 or sm >= 120 or not tma else "wgmma" if sm < 100 else "tcgen05"
-    return LINEAR[dot, dtype_bytes]
+    """`tma`: x and weight can be read through tensor descriptors; what can't be takes smaller tiles, sm_80's."""
+    if sm < 90 or sm >= 120:
+        return LINEAR["mma", dtype_bytes]
+    if tma:
+        return LINEAR["wgmma" if sm < 100 else "tcgen05", dtype_bytes]
+    # ln_linear spills with the largest: A goes through registers, and wgmma's fragments take more of them
+    return tuple(row for row in LINEAR["mma", dtype_bytes] if row.BLOCK_M * row.BLOCK_N < 128 * 128)
 
 
 @cache
@@ -117,7 +125,7 @@ def linear_config(sm: int, dtype_bytes: int, M: int, N: int, activation: str | N
     rows = linear_rows(sm, dtype_bytes, tma)
     row = rows[0]
     columns = 2 * N if activation == "swiglu" else N
-    if M > rows[0].max_m:
+    if rows[0].max_m < M:
 
         def time_of(row: LinearRow) -> float:
             tiles = -(-M // row.BLOCK_M) * -(-columns // row.BLOCK_N)
@@ -126,8 +134,7 @@ def linear_config(sm: int, dtype_bytes: int, M: int, N: int, activation: str | N
         row = rows[1] if rows[1].max_m >= M else min((row for row in rows if row.max_m == ANY), key=time_of)
     config = row._asdict()
     del config["max_m"], config["rate"]
-    config["BLOCK_N"] //= 2 if activation == "swiglu" else 1
-    return config | {"tma": tma and 90 <= sm < 120}
+    return config | {"BLOCK_N": row.block_n(activation), "tma": tma and 90 <= sm < 120}
 
 
 # -- layer_norm ------------------------------------------------------------------------------------------------
@@ -164,10 +171,87 @@ def pos_embed_config(sm: int, dtype_bytes: int, D: int) -> dict[str, int]:
 
 # -- attention -------------------------------------------------------------------------------------------------
 
+SM_8X, SM_9X, SM_10X, SM_12X = range(80, 90), range(90, 100), range(100, 120), range(120, 130)
+LARGE_8X, SMALL_8X = (80, 87), (86, 88, 89)  # 164 and 100 KB of shared memory a multiprocessor
+ATTENTION_KEYS = (  # up to how many keys the short kernel keeps on chip, in which blocks; 197 … 208 at 224 pixels
+    (64, (64, 0, 0)),
+    (80, (64, 16, 0)),
+    (128, (128, 0, 0)),
+    (144, (128, 16, 0)),
+    (192, (128, 64, 0)),
+    (208, (128, 64, 16)),
+    (256, (128, 64, 64)),
+    (272, (128, 128, 16)),
+)
+ATTENTION_SHORT = (  # sms, KB a multiprocessor, head dim and keys up to, ONLINE: where one softmax a row spills
+    (LARGE_8X, 164, 64, 208, False),
+    (LARGE_8X, 164, 80, 208, True),
+    (LARGE_8X, 164, 64, 272, True),
+    (SM_9X, 228, 96, 208, False),
+    (SM_9X, 228, 80, 256, True),
+    (SM_9X, 228, 64, 272, True),
+    (SMALL_8X, 100, 64, 208, False),
+    (SMALL_8X, 100, 80, 208, True),
+    (SM_12X, 100, 64, 208, False),
+    (SM_12X, 100, 80, 208, True),
+)
+ATTENTION_STREAM = (  # sms, bytes, head dim and N up to: BLOCK_M, BLOCK_N, warps, stages
+    (LARGE_8X, 2, 128, 1 << 31, (64, 64, 4, 3)),
+    (SMALL_8X, 2, 128, 1 << 31, (64, 64, 4, 2)),  # with 3 stages one program fits a multiprocessor instead of three
+    (SM_9X, 2, 128, 320, (64, 128, 4, 2)),  # 266 queries fill 5 tiles of 64, 3 of 128
+    (SM_9X, 2, 128, 1 << 31, (128, 128, 8, 2)),
+    (SM_10X, 2, 128, 1 << 31, (128, 128, 8, 2)),
+    (SM_12X, 2, 128, 1 << 31, (64, 64, 4, 2)),
+    # float32 keeps q twice in registers, rounded to TF32 and the rest: wider blocks spill
+    (SM_9X, 4, 64, 1 << 31, (64, 32, 4, 2)),
+    (SM_9X, 4, 128, 1 << 31, (64, 16, 4, 2)),
+    (SM_10X, 4, 128, 1 << 31, (64, 16, 8, 2)),
+    ((*SM_8X, *SM_12X), 4, 64, 1 << 31, (64, 32, 4, 2)),
+    ((*SM_8X, *SM_12X), 4, 80, 1 << 31, (64, 16, 4, 2)),
+    ((*SM_8X, *SM_12X), 4, 128, 1 << 31, (16, 32, 4, 2)),
+)
+
 
 def attention_config(sm: int, dtype_bytes: int, head_dim: int, N: int) -> dict[str, int]:
-    if N <= 272 and dtype_bytes == 2:
-        pieces = {208: (128, 64, 16), 256: (128, 128, 0), 272: (128, 128, 16)}
-        N1, N2, N3 = next(p for up, p in pieces.items() if N <= up)
-        return {"BLOCK_M": 64, "N1": N1, "N2": N2, "N3": N3, "ONLINE": N > 208, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if dtype_bytes == 4 else 64, "num_warps": 4, "num_stages": 2}
+    """The short kernel's (it has N1, N2, N3) where two programs fit a multiprocessor, else the streaming kernel's.
+
+    Two, so that one multiplies while the other loads its keys and values.
+    """
+    blocks = next((blocks for up_to, blocks in ATTENTION_KEYS if up_to >= N), None)
+    if blocks and dtype_bytes == 2:
+        kilobytes = (2 * sum(blocks) + 64) * -(-head_dim // 16) * 16 * dtype_bytes / 1024 + 1  # 1: the driver's own
+        for sms, shared, up_to_dim, up_to_keys, online in ATTENTION_SHORT:
+            if sm in sms and head_dim <= up_to_dim and up_to_keys >= N and 2 * kilobytes <= shared:
+                keys = dict(zip(("N1", "N2", "N3"), blocks, strict=True))
+                return {"BLOCK_M": 64, **keys, "ONLINE": online, "num_warps": 4, "num_stages": 1}
+    for sms, size, up_to_dim, up_to_n, tiles in ATTENTION_STREAM:
+        if sm in sms and dtype_bytes == size and head_dim <= up_to_dim and up_to_n >= N:
+            return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles, strict=True))
+    raise ValueError(f"attention has no kernel for sm_{sm} and head dim {head_dim}")
+
+
+# -- patch_embed -----------------------------------------------------------------------------------------------
+
+# fmt: off
+PATCH_EMBED = (
+    # bytes a value, patches up to, BLOCK_M, BLOCK_N, warps, stages; first that fits
+    (2, 1024, 64, 64, 4, 4),  # one 512² image: 16 × 20 programs in ViT-H, where 128 × 128 would leave GPUs half empty
+    (2, None, 128, 128, 8, 3),
+    (4, None, 64, 64, 4, 3),
+)
+# fmt: on
+
+
+def patch_embed_config(sm: int, dtype_bytes: int, patch_size: int, M: int) -> dict[str, int]:
+    """Tiles, and how many pixel rows (each BLOCK_P wide) a step takes: 64 pixels, or 32 where those fit p rows better.
+
+    p = 16: 4 rows, K = 768 in 12 steps. p = 14: 2 rows, K = 672 in 21 steps; 4 rows would make it 768.
+    """
+    rows = (row for row in PATCH_EMBED if row[0] == dtype_bytes and (row[1] is None or row[1] >= M))
+    _, _, block_m, block_n, num_warps, num_stages = next(rows)
+    block_p = 1 << (patch_size - 1).bit_length()
+    block_rows = max(1, (64 if dtype_bytes == 2 else 32) // block_p)
+    if patch_size % block_rows and block_rows * block_p > 32:
+        block_rows //= 2
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_P": block_p, "BLOCK_ROWS": block_rows}
+    return tiles | {"num_warps": num_warps, "num_stages": num_stages}

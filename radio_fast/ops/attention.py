@@ -27,7 +27,7 @@ def attention_ref(
     qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None = None, window: tuple[int, int, int] | None = None
 ) -> Tensor:
     if cu_seqlens is not None:
-        parts = qkv.tensor_split(cu_seqlens[1:-1].cpu())
+        parts = qkv.tensor_split(cu_seqlens[1:-1].tolist())
         return torch.cat([attention_ref(part.unsqueeze(0), num_heads)[0] for part in parts])
     if window is not None:
         return from_windows(attention_ref(to_windows(qkv, *window), num_heads), *window)

@@ -50,6 +50,8 @@ def _limit(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         return f"x (..., K) and weight (M, K) must agree in K, got {tuple(x.shape)} and {tuple(weight.shape)}"
+    if not weight.shape[1]:
+        return "K must be at least 1, got 0"
     if activation == "swiglu" and weight.shape[0] % 2:
         return f"swiglu needs an even number of weight rows, got {weight.shape[0]}"
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -1,0 +1,86 @@
+"""attention against torch's SDPA backends, torch.compile, and flash-attn and xFormers where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.harness import compare, compiled, needs_gpu
+from bench.shapes import shapes
+from radio_fast import ops
+
+pytestmark = needs_gpu
+SDPA = {
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def sdpa_rivals(q, k, v) -> dict:
+    """The SDPA backends that take these inputs; which they are is torch's to say, so each is tried."""
+    out = {}
+    for name, backend in SDPA.items():
+
+        def call(backend=backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+        try:
+            call()
+        except RuntimeError as error:
+            print(f"{name} left out: {str(error).splitlines()[0]}")
+        else:
+            out[name] = call
+    return out
+
+
+def package_rivals(qkv) -> dict:
+    """flash-attn and xFormers on the same packed input, read in place."""
+    out = {}
+    q, k, v = qkv.unbind(2)
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_qkvpacked_func
+
+        out["flash-attn"] = lambda: flash_attn_qkvpacked_func(qkv)
+    if importlib.util.find_spec("xformers"):
+        from xformers.ops import memory_efficient_attention
+
+        out["xformers"] = lambda: memory_efficient_attention(q, k, v)
+    return out
+
+
+@pytest.mark.parametrize("shape", shapes(), ids=lambda s: s.id)
+def test_attention(benchmark, shape):
+    H, d = shape.num_heads, shape.head_dim
+    packed = torch.randn(shape.batch, shape.tokens, 3, H, d, device="cuda", dtype=torch.bfloat16)
+    qkv = packed.flatten(2)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    run = {
+        "triton": lambda: ops.attention(qkv, H, backend="triton"),
+        "reference": lambda: ops.attention(qkv, H, backend="reference"),
+        "compile": compiled(lambda: ops.attention(qkv, H, backend="reference")),
+    }
+    run |= sdpa_rivals(q, k, v) | package_rivals(packed)
+    flop = 4 * shape.batch * H * shape.tokens**2 * d
+    compare(benchmark, run, flop=flop, moved=qkv.nbytes * 4 / 3)
+
+
+@pytest.mark.parametrize("shape", shapes(("ViT-L", "ViT-H"), (8,)), ids=lambda s: s.id)
+def test_packed(benchmark, shape):
+    """Images of three sizes in one call."""
+    H, d = shape.num_heads, shape.head_dim
+    lengths = torch.tensor([shape.tokens, shape.tokens // 2, shape.tokens * 3 // 4] * 3)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().cuda()
+    qkv = torch.randn(int(lengths.sum()), 3 * H * d, device="cuda", dtype=torch.bfloat16)
+    longest = int(lengths.max())
+    run = {
+        "triton": lambda: ops.attention(qkv, H, cu_seqlens, longest, backend="triton"),
+        "reference": lambda: ops.attention(qkv, H, cu_seqlens, longest, backend="reference"),
+    }
+    flop = 4 * int((lengths.double() ** 2).sum()) * H * d
+    compare(benchmark, run, flop=flop, moved=qkv.nbytes * 4 / 3)

@@ -1,0 +1,208 @@
+"""The patch kernel against float64, within twice plain torch's error."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from radio_fast import ops
+from radio_fast.ops.patch_embed import patch_embed_ref
+from tests.conftest import outlier_input
+from tests.numerics import assert_within
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(autouse=True)
+def nearest_bfloat16(monkeypatch):
+    """Triton's interpreter cuts float32 off to bfloat16, a GPU rounds to nearest: twice the error, and biased."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    cut_off = interpreter._convert_float
+
+    def convert(values, from_dtype, to_dtype, rounding):
+        if (from_dtype.name, to_dtype.name) == ("fp32", "bf16"):
+            return torch.tensor(values).view(torch.float32).bfloat16().view(torch.uint16).numpy()
+        return cut_off(values, from_dtype, to_dtype, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def guarded(monkeypatch, poison):
+    """Poisoned outputs with more poison behind them, which must still be there at the end."""
+    behind = []
+    new_empty = torch.Tensor.new_empty
+
+    def with_room(self, size, **kwargs):
+        if isinstance(size, int):  # the interpreter's copies of whole storages
+            return new_empty(self, size, **kwargs)
+        buffer = new_empty(self, (math.prod(size) + 4096,), **kwargs)
+        behind.append(buffer[math.prod(size) :])
+        return buffer[: math.prod(size)].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", with_room)
+    yield
+    assert behind and all(tail.isnan().all() for tail in behind), "a kernel wrote behind its output"
+
+
+def make_image(B: int, H: int, W: int, dtype: torch.dtype, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(B * H + W)
+    image = torch.randint(0, 256, (B, 3, H, W), generator=generator, dtype=torch.uint8)
+    image[:, 1] //= 2  # channels that differ: one taken for another shows
+    return (image if dtype == torch.uint8 else (image.float() / 255).to(dtype)).to(device)
+
+
+def make_weights(D: int, p: int, T: int, P: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    weight = torch.randn(D, 3 * p * p, generator=torch.Generator().manual_seed(D + p)) / (3 * p * p) ** 0.5
+    return {
+        "weight": weight.to(device, dtype),
+        "bias": outlier_input(D, dtype=dtype, seed=1, device=device),
+        "pos": outlier_input(T, D, dtype=dtype, seed=2, device=device),
+        "prefix": outlier_input(P, D, dtype=dtype, seed=3, device=device),
+    }
+
+
+def conditioner(device: str) -> dict[str, Tensor]:
+    return {name: torch.tensor(v, device=device).view(3, 1, 1) for name, v in (("mean", MEAN), ("std", STD))}
+
+
+def truth(image: Tensor, weight, bias, pos, prefix, p: int, mean=None, std=None) -> Tensor:
+    """(B, P + T, D) in float64, patch by patch."""
+    image = image.double() / (255 if image.dtype == torch.uint8 else 1)
+    if mean is not None:
+        image = (image - mean.double()) / std.double()
+    patches = torch.nn.functional.conv2d(image, weight.double().view(-1, 3, p, p), stride=p).flatten(2).transpose(1, 2)
+    patches = patches + pos.double() + (0 if bias is None else bias.double())
+    return torch.cat([prefix.double().expand(image.shape[0], -1, -1), patches], dim=1)
+
+
+def check(image: Tensor, weight, bias, pos, prefix, p: int, mean=None, std=None) -> Tensor:
+    args = image, weight, bias, pos, prefix, p, mean, std
+    out = ops.patch_embed(*args, backend="triton")
+    reference = ops.patch_embed(*args, backend="reference")
+    assert torch.equal(reference, patch_embed_ref(*args))
+    assert out.dtype == weight.dtype and out.is_contiguous()
+    expected, P = truth(*args), prefix.shape[0]
+    assert torch.equal(out[:, :P], prefix.expand(out.shape[0], -1, -1))
+    assert_within(out[:, P:], expected[:, P:], reference[:, P:])
+    # The bound is of a maximum, here of positions with outliers: without them, the projection alone.
+    args = image, weight, None, torch.zeros_like(pos), prefix, p, mean, std
+    plain = ops.patch_embed(*args, backend="triton")[:, P:]
+    assert_within(plain, truth(*args)[:, P:], patch_embed_ref(*args)[:, P:])
+    return out
+
+
+@pytest.mark.parametrize("image_dtype", IMAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [14, 16])
+def test_dtypes(p, dtype, image_dtype, device, guarded):
+    image = make_image(2, 2 * p, 3 * p, image_dtype, device)
+    w = make_weights(48, p, 6, 4, dtype, device)
+    check(image, *w.values(), p, **conditioner(device))
+    check(image, *(w | {"bias": None}).values(), p)
+
+
+@pytest.mark.parametrize("p", [14, 16])
+@pytest.mark.parametrize(("B", "rows", "columns", "P", "D"), [(1, 1, 1, 1, 113), (1, 7, 11, 10, 32), (3, 1, 29, 8, 80)])
+def test_shapes(B, rows, columns, P, D, p, device, guarded):
+    """Tiles that end inside an image, hold several, and more prefix rows than one tile."""
+    image = make_image(B, rows * p, columns * p, torch.uint8, device)
+    w = make_weights(D, p, rows * columns, P, torch.float16, device)
+    check(image, *w.values(), p, **conditioner(device))
+
+
+def test_many_prefix_rows(device, guarded):
+    """B·P over one tile; and none at all."""
+    image = make_image(9, 14, 14, torch.uint8, device)
+    w = make_weights(16, 14, 1, 9, torch.float16, device)
+    check(image, *w.values(), 14)
+    check(image, *(w | {"prefix": w["prefix"][:0]}).values(), 14)
+
+
+def test_large_tile(device, guarded):
+    """The tile for more than 1024 patches, whose last one is partly filled."""
+    image = make_image(1, 14 * 5, 14 * 206, torch.uint8, device)
+    w = make_weights(16, 14, 5 * 206, 3, torch.float16, device)
+    check(image, *w.values(), 14, **conditioner(device))
+
+
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("p", [14, 16])
+def test_strides(p, image_dtype, device, guarded):
+    image = make_image(2, 2 * p, 3 * p, image_dtype, device)
+    w = make_weights(32, p, 6, 2, torch.float16, device)
+    rest = (*w.values(), p, *conditioner(device).values())
+    expected = ops.patch_embed(image, *rest, backend="triton")
+    padded = torch.full((2, 3, 2 * p + 2, 3 * p + 5), 77, dtype=image_dtype, device=device)
+    padded[:, :, 1:-1, 3:-2] = image
+    wide = torch.full((2, 3, 2 * p, 6 * p), 77, dtype=image_dtype, device=device)
+    wide[..., ::2] = image
+    for same in (
+        image.contiguous(memory_format=torch.channels_last),
+        padded[:, :, 1:-1, 3:-2],
+        wide[..., ::2],
+        image.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        assert torch.equal(ops.patch_embed(same, *rest, backend="triton"), expected)
+    assert torch.equal(ops.patch_embed(image[:1].expand(2, -1, -1, -1), *rest, backend="triton")[1], expected[0])
+    for name in ("weight", "pos", "prefix"):
+        strided = w | {name: w[name].t().contiguous().t()}
+        assert torch.equal(ops.patch_embed(image, *strided.values(), *rest[4:], backend="triton"), expected)
+
+
+@pytest.mark.parametrize("p", [8, 20, 32])
+def test_other_patch_sizes(p, device, guarded):
+    check(make_image(1, p, 2 * p, torch.uint8, device), *make_weights(16, p, 2, 1, torch.float16, device).values(), p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounds_the_normalised_image_once(dtype, device, guarded):
+    """A weight that picks one pixel shows its value: rounded to the model's dtype as in the reference."""
+    image = torch.arange(256, dtype=torch.uint8, device=device).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    weight = torch.eye(3 * 256, dtype=dtype, device=device)
+    zeros = torch.zeros(1, 768, dtype=dtype, device=device)
+    for stats in ({}, conditioner(device)):
+        args = (image, weight, None, zeros, zeros[:0], 16)
+        out, reference = (ops.patch_embed(*args, **stats, backend=b) for b in ("triton", "reference"))
+        assert torch.equal(out, reference)
+
+
+def test_operator(device):
+    image = make_image(1, 14, 28, torch.uint8, device)
+    w = make_weights(16, 14, 2, 2, torch.float16, device)
+    stats = conditioner(device).values()
+    nhwc = image.contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.radio_fast.patch_embed.default, (image, *w.values(), 14, *stats))
+    torch.library.opcheck(
+        torch.ops.radio_fast.patch_embed.default, (nhwc, *(w | {"bias": None}).values(), 14, None, None)
+    )
+
+
+def test_limits(device):
+    image = make_image(1, 14, 28, torch.uint8, device)
+    w = make_weights(16, 14, 2, 2, torch.float32, device)
+    stats = conditioner(device)
+
+    def refuses(text: str, image: Tensor = image, p: int = 14, mean=None, std=None, **changed) -> None:
+        with pytest.raises(ValueError, match=f"the triton backend of patch_embed can't run here: .*{text}"):
+            ops.patch_embed(image, *(w | changed).values(), p, mean, std, backend="triton")
+
+    refuses(r"H and W multiples of 14, got \(1, 3, 14, 27\)", image[..., 1:])
+    refuses(r"must have shape \(B, 3, H, W\).* got \(1, 2, 14, 28\)", image[:, 1:])
+    refuses("image must be uint8, float16, bfloat16 or float32, got torch.int16", image.short())
+    refuses("image is on meta, the weights on", image.to("meta"))
+    refuses(r"weight must have shape \(D, 588\), got \(16, 587\)", weight=w["weight"][:, 1:])
+    refuses(r"pos and prefix must have shapes \(2, 16\) and \(P, 16\), got \(1, 16\)", pos=w["pos"][:1])
+    refuses(r"pos and prefix must have .* \(2, 15\)", prefix=w["prefix"][:, 1:])
+    refuses(r"bias must have shape \(16,\), got \(15,\)", bias=w["bias"][1:])
+    refuses("bias is torch.float16, expected torch.float32", bias=w["bias"].half())
+    refuses("dtype must be float16, bfloat16 or float32, got torch.float64", weight=w["weight"].double())
+    refuses("mean must hold 3 float32 values, got torch.float64", mean=stats["mean"].double(), std=stats["std"])
+    refuses(r"std must hold 3 float32 values, got torch.float32 \(2, 1, 1\)", mean=stats["mean"], std=stats["std"][1:])
+    refuses("mean and std go together", mean=stats["mean"])
+    refuses("no backward", weight=w["weight"].clone().requires_grad_())
