@@ -1,8 +1,9 @@
 """Compile every kernel in every shipped configuration for every architecture, without a GPU, and say what came out.
 
-`python -m bench.compile_report [--json FILE] [--markdown FILE] [--sm 80 90] [--op attention]`: registers, spills,
-shared memory against the limit, tensor-core instructions and their share of the work asked for, and an estimate of the
-blocks per SM. Two processes compile; Triton's own cache (by source hash) makes a second run short.
+`python -m bench.compile_report [--json FILE] [--markdown FILE] [--sm 80 90] [--op attention] [--all]`: registers,
+spills, shared memory against the limit, tensor-core instructions and their share of the work asked for, and an estimate
+of the blocks per SM. Two processes compile; Triton's own cache (by source hash) makes a second run short. Of each
+configuration the case with the most products and pointers is compiled; `--all` takes every combination of flags.
 """
 
 from __future__ import annotations
@@ -38,6 +39,31 @@ def cases_of(module: str, sm: int) -> list:
     return importlib.import_module(f"radio_fast.kernels.{module}").compile_cases(sm)
 
 
+# What makes two cases the same configuration; they then differ in flags (bias, activation, window, …) alone.
+TILES = re.compile(r"BLOCK|SPLIT$|N[123]$|D[12]$|PRECISION$|USE_TMA$|ONLINE$")
+
+
+def configuration(case) -> tuple:
+    tiles = tuple(sorted((name, str(value)) for name, value in case.constexprs.items() if TILES.match(name)))
+    return case.op, tiles, case.num_warps, case.num_stages
+
+
+def selected(cases: list, every_flag: bool) -> list[int]:
+    """The numbers of the cases to compile: all, or of each configuration the one with most pointers and products."""
+    if every_flag:
+        return list(range(len(cases)))
+    heaviest: dict[tuple, int] = {}
+    for index, case in enumerate(cases):
+        weight = (case.dot_macs, sum(kind.startswith("*") for kind in case.signature.values()))
+        known = heaviest.get(configuration(case))
+        if known is None or weight > (
+            cases[known].dot_macs,
+            sum(kind.startswith("*") for kind in cases[known].signature.values()),
+        ):
+            heaviest[configuration(case)] = index
+    return sorted(heaviest.values())
+
+
 def tensor_core_work(sass: str) -> tuple[int, int, int]:
     """(instructions, multiply-adds that HMMAs do per warp, multiply-adds that HGMMAs do per warp group)."""
     count = per_warp = per_group = 0
@@ -62,9 +88,14 @@ def blocks_per_sm(sm: int, registers: int, shared: int, num_warps: int) -> int:
     return min(by_registers, by_shared, by_threads, 32)
 
 
-def attributes(signature: dict[str, str], constexprs: dict) -> dict:
-    """Divisibility by 16 of pointers, as torch allocates them."""
-    return {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+def attributes(fn, signature: dict[str, str]) -> dict:
+    """Divisibility by 16 as at run time: of pointers, as torch allocates them, and of RADIO's strides."""
+    aligned = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        stride = name.startswith("stride_") and kind.startswith("i") and not fn.params[i].do_not_specialize
+        if kind.startswith("*") or stride:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    return aligned
 
 
 def compile_case(task: tuple[str, int, int]) -> dict:
@@ -80,7 +111,7 @@ def compile_case(task: tuple[str, int, int]) -> dict:
         fn=case.fn,
         signature=signature,
         constexprs={(case.fn.arg_names.index(name),): value for name, value in case.constexprs.items()},
-        attrs=attributes(signature, case.constexprs),
+        attrs=attributes(case.fn, signature),
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
@@ -117,15 +148,12 @@ def disassemble(cubin: bytes) -> tuple[int, int, str]:
         file.write(cubin)
         file.flush()
 
-        def cuobjdump(option: str) -> str:
-            done = subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, env=env)
-            if done.returncode:
-                raise RuntimeError(f"cuobjdump {option} failed: {done.stderr.strip()}")
-            return done.stdout
-
-        usage, sass = cuobjdump("-res-usage"), cuobjdump("-sass")
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return registers, stack, sass
+        command = [tools / "cuobjdump", "-res-usage", "-sass", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump failed: {done.stderr.strip()}")
+    registers, stack = (int(re.search(rf"{name}:(\d+)", done.stdout)[1]) for name in ("REG", "STACK"))
+    return registers, stack, done.stdout
 
 
 def problems(row: dict) -> list[str]:
@@ -140,13 +168,12 @@ def problems(row: dict) -> list[str]:
     return found
 
 
-def report(targets: list[int], ops: list[str] | None = None) -> list[dict]:
+def report(targets: list[int], ops: list[str] | None = None, every_flag: bool = False) -> list[dict]:
     tasks = []
     for sm in targets:
         for module in modules_for(sm):
-            for index, case in enumerate(cases_of(module, sm)):
-                if not ops or case.op in ops:
-                    tasks.append((module, sm, index))
+            cases = cases_of(module, sm)
+            tasks += [(module, sm, i) for i in selected(cases, every_flag) if not ops or cases[i].op in ops]
     rows = []
     with ProcessPoolExecutor(max_workers=2) as pool:
         for i, row in enumerate(pool.map(compile_case, tasks)):
@@ -168,11 +195,12 @@ def markdown(rows: list[dict]) -> str:
         "# Compile report",
         "",
         f"Every kernel in every shipped configuration, compiled with Triton {triton.__version__} and no GPU, by",
-        "`python -m bench.compile_report --markdown bench/results/compile_report.md`. Spills are LDL and STL",
-        "instructions. Tensor-core instructions are counted in the disassembly (HMMA, HGMMA, UTC…MMA); the share of",
-        "work is the multiply-adds that the kernel's products ask for, over those that its instructions do: below 1",
-        "something is there twice, in a peeled iteration or as padding. tcgen05 instructions (sm_100) do not show",
-        "their shape. Blocks per SM is an estimate.",
+        "`python -m bench.compile_report --markdown bench/results/compile_report.md`; of the flags (bias, activation,",
+        "windows, …) the heaviest set for each configuration. Spills are LDL and STL instructions. Tensor-core",
+        "instructions are counted in the disassembly (HMMA, HGMMA, UTC…MMA); the share of work is the multiply-adds",
+        "that the kernel's products ask for, over those that its instructions do: below 1 something is there twice, in",
+        "a peeled iteration or as padding. tcgen05 instructions (sm_100) do not show their shape. Blocks per SM is an",
+        "estimate.",
         "",
     ]
     worst = collections.Counter(problem for row in rows for problem in problems(row))
@@ -190,12 +218,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, nargs="+", choices=TARGETS + OLD_TARGETS, default=list(TARGETS + OLD_TARGETS))
     parser.add_argument("--op", nargs="+", help="only these ops")
+    parser.add_argument("--all", action="store_true", help="every combination of flags, not the heaviest alone")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     options = parser.parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9's default; unset it warns once a process
     if os.environ.pop("TRITON_INTERPRET", None) and "triton" in sys.modules:
         sys.exit("compile_report: unset TRITON_INTERPRET, interpreted kernels can't be compiled")
-    rows = report(options.sm, options.op)
+    rows = report(options.sm, options.op, options.all)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     text = markdown(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -199,39 +200,35 @@ def _attention_short(
     qkv, out, cu_seqlens, stride_b, stride_n, parts, N, H, grid_width, windows, qk_scale,
     HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, ONLINE: tl.constexpr,
-    VARLEN: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: every `parts`-th tile of BLOCK_M queries of a head; all keys and values stay on chip.
 
     N1 + N2 + N3 ≥ N keys, 0 for a block that is not needed: 206 = 128 + 64 + 16 − 2. Their scores take one softmax
-    for the whole row, or, ONLINE, where so many don't fit in the registers, one a block.
+    for the whole row, or, ONLINE, where so many don't fit in the registers, one a block. cu_seqlens is None.
     """
     pid = tl.program_id(0)
-    first_m = pid % parts * BLOCK_M
     head = pid // parts % H
     q, out, N = _image(
         qkv, out, cu_seqlens, pid // parts // H, head, stride_b, stride_n, N, H, grid_width, windows,
-        HEAD_DIM, VARLEN, WINDOW,
+        HEAD_DIM, False, WINDOW,
     )  # fmt: skip
-    if first_m >= N:
-        return
     k = q + H * HEAD_DIM
     v = k + H * HEAD_DIM
-    MASK1: tl.constexpr = VARLEN or N2 == 0  # only the last block has keys past the end, packed images apart
-    MASK2: tl.constexpr = VARLEN or N3 == 0
+    MASK1: tl.constexpr = N2 == 0  # only the last block has keys past the end
+    MASK2: tl.constexpr = N3 == 0
     k11, k12 = _load(k, 0, N, stride_n, grid_width, N1, HEAD_DIM, D1, D2, WINDOW, MASK1)
     if N2 > 0:
         k21, k22 = _load(k, N1, N, stride_n, grid_width, N2, HEAD_DIM, D1, D2, WINDOW, MASK2)
     if N3 > 0:
         k31, k32 = _load(k, N1 + N2, N, stride_n, grid_width, N3, HEAD_DIM, D1, D2, WINDOW, True)
-    tl.debug_barrier()  # else all loads are in flight before the first reaches shared memory: 200 registers
     v11, v12 = _load(v, 0, N, stride_n, grid_width, N1, HEAD_DIM, D1, D2, WINDOW, MASK1)
     if N2 > 0:
         v21, v22 = _load(v, N1, N, stride_n, grid_width, N2, HEAD_DIM, D1, D2, WINDOW, MASK2)
     if N3 > 0:
         v31, v32 = _load(v, N1 + N2, N, stride_n, grid_width, N3, HEAD_DIM, D1, D2, WINDOW, True)
 
-    for start_m in tl.range(first_m, N, parts * BLOCK_M):
+    for start_m in tl.range(pid % parts * BLOCK_M, N, parts * BLOCK_M):
         q1, q2 = _load(q, start_m, N, stride_n, grid_width, BLOCK_M, HEAD_DIM, D1, D2, WINDOW, True)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
@@ -309,33 +306,34 @@ def attention(
     tiles = triton.cdiv(N, constexprs["BLOCK_M"])
     if kernel is _attention_short:  # as few programs a head as fill the GPU: each loads all its keys
         tiles = min(tiles, triton.cdiv(FILL, images * num_heads))
-    kernel[(tiles * num_heads * images,)](
-        qkv,
-        out,
-        cu_seqlens,
-        0 if cu_seqlens is not None else qkv.stride(0),
-        qkv.stride(-2),
-        tiles,
-        N,
-        num_heads,
-        grid_width,
-        windows,
-        math.log2(math.e) / math.sqrt(head_dim),
-        **constexprs,
-        **options,
-    )
+    with torch.cuda.device_of(qkv):
+        kernel[(tiles * num_heads * images,)](
+            qkv,
+            out,
+            cu_seqlens,
+            0 if cu_seqlens is not None else qkv.stride(0),
+            qkv.stride(-2),
+            tiles,
+            N,
+            num_heads,
+            grid_width,
+            windows,
+            math.log2(math.e) / math.sqrt(head_dim),
+            **constexprs,
+            **options,
+        )
     return out
 
 
 def _choose(sm: int, dtype_bytes: int, head_dim: int, N: int, varlen: bool, side: int):
     """The kernel, its constexprs, its num_warps and num_stages."""
-    config = attention_config(sm, dtype_bytes, head_dim, N)
+    config = attention_config(sm, dtype_bytes, head_dim, N, packed=varlen)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     config["D1"], config["D2"] = HEAD_SPLIT[head_dim]
-    config |= {"HEAD_DIM": head_dim, "VARLEN": varlen, "WINDOW": side, "PRECISION": precision_of(dtype_bytes)}
+    config |= {"HEAD_DIM": head_dim, "WINDOW": side, "PRECISION": precision_of(dtype_bytes)}
     if "N1" in config:
         return _attention_short, config, options
-    config["TAIL"] = _tail(N, config["BLOCK_N"], varlen)
+    config |= {"VARLEN": varlen, "TAIL": _tail(N, config["BLOCK_N"], varlen)}
     return _attention_stream, config, options
 
 

@@ -70,7 +70,6 @@ LINEAR: dict[tuple[str, int], tuple[LinearRow, ...]] = {  # (what tl.dot becomes
     ),
     ("mma", 4): (
         LinearRow(16,   16,  32,  64, 4, 3, 1, 2, 1.0),
-        LinearRow(64,   64,  32,  32, 4, 3, 1, 2, 1.0),
         LinearRow(ANY, 128,  64,  32, 8, 3, 2, 1, 1.0),
         LinearRow(ANY,  64,  64,  32, 4, 3, 2, 2, 0.8),
     ),
@@ -106,32 +105,32 @@ SM_COUNT = {80: 108, 86: 84, 87: 16, 89: 128, 90: 132, 100: 148, 103: 148, 110: 
 # fmt: on
 
 
-def linear_rows(sm: int, dtype_bytes: int, tma: bool) -> tuple[LinearRow, ...]:
-    """`tma`: x and weight can be read through tensor descriptors; what can't be takes smaller tiles, sm_80's."""
-    if sm < 90 or sm >= 120:
-        return LINEAR["mma", dtype_bytes]
-    if tma:
+def linear_rows(sm: int, dtype_bytes: int, tma: bool, norm: bool = False) -> tuple[LinearRow, ...]:
+    """`tma`: x and weight can be read through tensor descriptors; what can't be takes the rows of sm_80 everywhere."""
+    if tma and 90 <= sm < 120:
         return LINEAR["wgmma" if sm < 100 else "tcgen05", dtype_bytes]
-    # ln_linear spills with the largest: A goes through registers, and wgmma's fragments take more of them
-    return tuple(row for row in LINEAR["mma", dtype_bytes] if row.BLOCK_M * row.BLOCK_N < 128 * 128)
+    rows = LINEAR["mma", dtype_bytes]
+    # The registers that ln_linear normalises in are too many for the largest tile (255 and spills) but on sm_80…89.
+    return tuple(row for row in rows if row.BLOCK_M * row.BLOCK_N < 128 * 128) if norm and sm >= 90 else rows
 
 
 @cache
-def linear_config(sm: int, dtype_bytes: int, M: int, N: int, activation: str | None, tma: bool) -> dict[str, Any]:
+def linear_config(
+    sm: int, dtype_bytes: int, M: int, N: int, activation: str | None, tma: bool, norm: bool
+) -> dict[str, Any]:
     """For few rows the tile that fits them; else the one that is through first: waves of tiles × their area / rate.
 
     N: columns of the output. Returns BLOCK_*, SPLIT, num_warps, num_stages; per_sm; tma: whether to use descriptors.
     """
-    rows = linear_rows(sm, dtype_bytes, tma)
-    row = rows[0]
+    rows = linear_rows(sm, dtype_bytes, tma, norm)
     columns = 2 * N if activation == "swiglu" else N
-    if rows[0].max_m < M:
 
-        def time_of(row: LinearRow) -> float:
-            tiles = -(-M // row.BLOCK_M) * -(-columns // row.BLOCK_N)
-            return -(-tiles // SM_COUNT.get(sm, 128)) * row.BLOCK_M * row.BLOCK_N / row.rate
+    def time_of(row: LinearRow) -> float:
+        tiles = -(-M // row.BLOCK_M) * -(-columns // row.BLOCK_N)
+        return -(-tiles // SM_COUNT.get(sm, 128)) * row.BLOCK_M * row.BLOCK_N / row.rate
 
-        row = rows[1] if rows[1].max_m >= M else min((row for row in rows if row.max_m == ANY), key=time_of)
+    few = next((row for row in rows if M <= row.max_m < ANY), None)
+    row = few or min((row for row in rows if row.max_m == ANY), key=time_of)
     config = row._asdict()
     del config["max_m"], config["rate"]
     return config | {"BLOCK_N": row.block_n(activation), "tma": tma and 90 <= sm < 120}
@@ -196,29 +195,33 @@ ATTENTION_SHORT = (  # sms, KB a multiprocessor, head dim and keys up to, ONLINE
     (SM_12X, 100, 80, 208, True),
 )
 ATTENTION_STREAM = (  # sms, bytes, head dim and N up to: BLOCK_M, BLOCK_N, warps, stages
+    (LARGE_8X, 2, 64, 1 << 31, (64, 64, 4, 3)),
+    (LARGE_8X, 2, 72, 1 << 31, (64, 64, 4, 2)),  # 3 stages spill
     (LARGE_8X, 2, 128, 1 << 31, (64, 64, 4, 3)),
     (SMALL_8X, 2, 128, 1 << 31, (64, 64, 4, 2)),  # with 3 stages one program fits a multiprocessor instead of three
-    (SM_9X, 2, 128, 320, (64, 128, 4, 2)),  # 266 queries fill 5 tiles of 64, 3 of 128
+    (SM_9X, 2, 96, 320, (64, 128, 4, 2)),  # 266 queries fill 5 tiles of 64 or 3 of 128
     (SM_9X, 2, 128, 1 << 31, (128, 128, 8, 2)),
     (SM_10X, 2, 128, 1 << 31, (128, 128, 8, 2)),
     (SM_12X, 2, 128, 1 << 31, (64, 64, 4, 2)),
-    # float32 keeps q twice in registers, rounded to TF32 and the rest: wider blocks spill
+    # float32 keeps q twice in registers, rounded to TF32 and the rest: larger blocks spill
     (SM_9X, 4, 64, 1 << 31, (64, 32, 4, 2)),
     (SM_9X, 4, 128, 1 << 31, (64, 16, 4, 2)),
-    (SM_10X, 4, 128, 1 << 31, (64, 16, 8, 2)),
-    ((*SM_8X, *SM_12X), 4, 64, 1 << 31, (64, 32, 4, 2)),
+    (SM_10X, 4, 96, 1 << 31, (64, 16, 8, 2)),
+    (SM_10X, 4, 128, 1 << 31, (16, 32, 4, 2)),
+    ((*SM_8X, *SM_12X), 4, 32, 1 << 31, (64, 32, 4, 2)),
     ((*SM_8X, *SM_12X), 4, 80, 1 << 31, (64, 16, 4, 2)),
     ((*SM_8X, *SM_12X), 4, 128, 1 << 31, (16, 32, 4, 2)),
 )
 
 
-def attention_config(sm: int, dtype_bytes: int, head_dim: int, N: int) -> dict[str, int]:
+def attention_config(sm: int, dtype_bytes: int, head_dim: int, N: int, packed: bool = False) -> dict[str, int]:
     """The short kernel's (it has N1, N2, N3) where two programs fit a multiprocessor, else the streaming kernel's.
 
-    Two, so that one multiplies while the other loads its keys and values.
+    Two, so that one multiplies while the other loads its keys and values. Packed images stream theirs: the short kernel
+    would work on the longest one's number of keys for each, and a mask on every block spills.
     """
     blocks = next((blocks for up_to, blocks in ATTENTION_KEYS if up_to >= N), None)
-    if blocks and dtype_bytes == 2:
+    if blocks and dtype_bytes == 2 and not packed:
         kilobytes = (2 * sum(blocks) + 64) * -(-head_dim // 16) * 16 * dtype_bytes / 1024 + 1  # 1: the driver's own
         for sms, shared, up_to_dim, up_to_keys, online in ATTENTION_SHORT:
             if sm in sms and head_dim <= up_to_dim and up_to_keys >= N and 2 * kilobytes <= shared:
@@ -242,15 +245,22 @@ PATCH_EMBED = (
 # fmt: on
 
 
-def patch_embed_config(sm: int, dtype_bytes: int, patch_size: int, M: int) -> dict[str, int]:
+def patch_embed_config(
+    sm: int, dtype_bytes: int, image_bytes: int, patch_size: int, M: int, stride_iw: int
+) -> dict[str, int]:
     """Tiles, and how many pixel rows (each BLOCK_P wide) a step takes: 64 pixels, or 32 where those fit p rows better.
 
-    p = 16: 4 rows, K = 768 in 12 steps. p = 14: 2 rows, K = 672 in 21 steps; 4 rows would make it 768.
+    p = 16: 4 rows, K = 768 in 12 steps. p = 14: 2 rows, K = 672 in 21 steps; 4 rows would make it 768. Channels last
+    takes the small tile: its pixels come one by one, and 8192 of them a step spilled on sm_120. A float32 step is 16
+    pixels: with 32, mma.sync's three products need more than 255 registers. A float32 image for a 16-bit model gives
+    up a stage: it waits in shared memory as float32, 112 KB of it where a block has 99.
     """
-    rows = (row for row in PATCH_EMBED if row[0] == dtype_bytes and (row[1] is None or row[1] >= M))
+    fits = M if stride_iw == 1 else 0
+    rows = (row for row in PATCH_EMBED if row[0] == dtype_bytes and (row[1] is None or row[1] >= fits))
     _, _, block_m, block_n, num_warps, num_stages = next(rows)
+    num_stages -= image_bytes > dtype_bytes
     block_p = 1 << (patch_size - 1).bit_length()
-    block_rows = max(1, (64 if dtype_bytes == 2 else 32) // block_p)
+    block_rows = max(1, (64 if dtype_bytes == 2 else 16) // block_p)
     if patch_size % block_rows and block_rows * block_p > 32:
         block_rows //= 2
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_P": block_p, "BLOCK_ROWS": block_rows}

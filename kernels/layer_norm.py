@@ -15,7 +15,7 @@ from torch import Tensor
 from radio_fast.kernels.configs import Case, layer_norm_config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _layer_norm_kernel(
     x_ptr,
     y_ptr,

@@ -211,7 +211,8 @@ def _launch(
         None if t is None else t.reshape(-1).contiguous() for t in (bias, layer_scale, *(norm or 4 * [None]))
     )
     M, K = x.shape
-    config = linear_config(sm, x.element_size(), M, N, activation, _tma_reads(x) and _tma_reads(weight))
+    tma = _tma_reads(x) and _tma_reads(weight)
+    config = linear_config(sm, x.element_size(), M, N, activation, tma, norm is not None)
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages")}
     stride_rm = 0 if residual is None else residual.stride(0)
     tiles = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
@@ -295,15 +296,15 @@ def compile_cases(sm: int) -> list[Case]:
     """All tiles of `sm`: every activation with the first of unlimited M, the heaviest ones with the others."""
     cases = []
     descriptors = (True, False) if 90 <= sm < 120 else (False,)
-    for dtype, tma in itertools.product(("fp16", "bf16", "fp32") if sm >= 80 else (), descriptors):
-        rows = linear_rows(sm, 4 if dtype == "fp32" else 2, tma)
+    for dtype, tma, norm in itertools.product(("fp16", "bf16", "fp32") if sm >= 80 else (), descriptors, (False, True)):
+        rows = linear_rows(sm, 4 if dtype == "fp32" else 2, tma, norm)
         main = next(row for row in rows if row.max_m == math.inf)
         aligned = tma or len(descriptors) == 1  # else only what is not aligned comes without descriptors
         for row in rows if dtype != "bf16" else (main,):
-            for norm, activation in itertools.product((False, True), (None, "gelu", "swiglu")):
-                if activation or row is main:
-                    cases.append(_case(dtype, row, activation, norm, tma, aligned))
-        cases.append(_case(dtype, main, "gelu", True, tma, aligned=False))
+            for activation in (None, "gelu", "swiglu") if row is main else ("gelu", "swiglu"):
+                cases.append(_case(dtype, row, activation, norm, tma, aligned))
+        if aligned and norm:
+            cases.append(_case(dtype, main, "gelu", norm, tma, aligned=False))
     return cases
 
 
@@ -345,7 +346,7 @@ def _case(dtype: str, row: LinearRow, activation: str | None, norm: bool, tma: b
     return Case(
         op="ln_linear" if norm else "linear",
         label=f"{dtype} {row.BLOCK_M}×{block_n}×{row.BLOCK_K} {activation or 'none'}"
-        f"{' tma' if tma else ''}{'' if aligned else ' unaligned'}",
+        f"{' tma' if tma else ''}{'' if aligned else ' unaligned'}{'' if row.max_m == math.inf else f' M≤{row.max_m}'}",
         fn=_linear_kernel,
         signature=signature,
         constexprs=constexprs,

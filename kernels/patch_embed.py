@@ -130,7 +130,8 @@ def patch_embed(
     D, T, P = weight.shape[0], pos.shape[0], prefix.shape[0]
     out = weight.new_empty((B, P + T, D))
     if out.numel() > 0:
-        config = patch_embed_config(sm, weight.element_size(), patch_size, B * T)
+        sizes = weight.element_size(), image.element_size()
+        config = patch_embed_config(sm, *sizes, patch_size, B * T, image.stride(3))
         tiles_m = triton.cdiv(B * T, config["BLOCK_M"]) + triton.cdiv(B * P, config["BLOCK_M"])
         _patch_embed_kernel[(tiles_m * triton.cdiv(D, config["BLOCK_N"]),)](
             image,
@@ -159,27 +160,29 @@ def patch_embed(
 
 
 def compile_cases(sm: int) -> list[Case]:
-    """Every tile of the table, for uint8 and float images, p = 16 and 14; one image with channels last."""
+    """Every tile of the table: p = 16 and 14; images in uint8, the model's dtype and float32; channels last."""
     cases = []
     for dtype, size in {"fp16": 2, "bf16": 2, "fp32": 4}.items():
-        for M in (196, 16 * 1024):
-            for p, image_dtype, nhwc in ((16, "u8", False), (16, dtype, False), (14, dtype, False), (16, "u8", True)):
-                config = patch_embed_config(sm, size, p, M)
-                num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-                uint8_image = image_dtype == "u8"
-                D, pointer = 1280, f"*{dtype}"
-                names = ("weight_ptr", "bias_ptr", "pos_ptr", "prefix_ptr", "out_ptr")
-                signature = {"image_ptr": f"*{image_dtype}"} | dict.fromkeys(names, pointer)
-                signature |= {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
-                signature |= dict.fromkeys(("M", "T", "P", "GRID_W", "PREFIX_ROWS"), "i32")
-                signature |= dict.fromkeys(("stride_ib", "stride_ih", "stride_iw" if nhwc else "stride_ic"), "i32")
-                flags = {"HAS_BIAS": True, "HAS_CONDITIONER": True, "IS_UINT8": uint8_image}
-                constexprs = {"D": D, "PATCH": p, "PRECISION": precision_of(size)} | config | flags
-                constexprs["stride_ic" if nhwc else "stride_iw"] = 1  # Triton makes a stride of 1 a constant
-                macs = config["BLOCK_M"] * config["BLOCK_N"] * config["BLOCK_ROWS"] * config["BLOCK_P"]
-                label = f"{dtype} p={p} {image_dtype}{' nhwc' if nhwc else ''} M={M}"
-                case = Case(
-                    "patch_embed", label, _patch_embed_kernel, signature, constexprs, num_warps, num_stages, macs
-                )
-                cases.append(case)
+        images = [(16, "u8", False), (14, "fp32", False)]
+        if dtype == "fp16":
+            images += [(16, "fp16", False), (14, "fp16", False), (16, "fp32", False), (14, "u8", False)]
+        images = [(M, *image) for M in ((196, 16 * 1024) if size == 2 else (196,)) for image in images]
+        for M, p, image_dtype, nhwc in [*images, (196, 16, "u8", True), (196, 14, "fp32", True)]:
+            image_size = {"u8": 1, "fp16": 2, "fp32": 4}[image_dtype]
+            config = patch_embed_config(sm, size, image_size, p, M, 3 if nhwc else 1)
+            num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
+            uint8_image = image_dtype == "u8"
+            D, pointer = 1280, f"*{dtype}"
+            names = ("weight_ptr", "bias_ptr", "pos_ptr", "prefix_ptr", "out_ptr")
+            signature = {"image_ptr": f"*{image_dtype}"} | dict.fromkeys(names, pointer)
+            signature |= {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
+            signature |= dict.fromkeys(("M", "T", "P", "GRID_W", "PREFIX_ROWS"), "i32")
+            signature |= dict.fromkeys(("stride_ib", "stride_ih", "stride_iw" if nhwc else "stride_ic"), "i32")
+            flags = {"HAS_BIAS": True, "HAS_CONDITIONER": True, "IS_UINT8": uint8_image}
+            constexprs = {"D": D, "PATCH": p, "PRECISION": precision_of(size)} | config | flags
+            constexprs["stride_ic" if nhwc else "stride_iw"] = 1  # Triton makes a stride of 1 a constant
+            macs = config["BLOCK_M"] * config["BLOCK_N"] * config["BLOCK_ROWS"] * config["BLOCK_P"]
+            label = f"{dtype} p={p} {image_dtype}{' nhwc' if nhwc else ''} M={M}"
+            case = Case("patch_embed", label, _patch_embed_kernel, signature, constexprs, num_warps, num_stages, macs)
+            cases.append(case)
     return cases

@@ -213,25 +213,25 @@ def test_windows_of_strided_tokens(window, device, guarded):
 
 
 @pytest.fixture
-def seen_nan(monkeypatch):
-    """Whether the kernel loaded a NaN, even one that it then masked away."""
+def loads(monkeypatch):
+    """For every load of floating-point values in the interpreter, whether there was a NaN, even one masked later."""
     builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
     load = builder.create_masked_load
-    seen = []
+    found = []
 
-    def checked(self, ptrs, mask, *args):
+    def watched(self, ptrs, mask, *args):
         loaded = load(self, ptrs, mask, *args)
         if loaded.data.dtype.kind == "f":
-            seen.append(bool(((loaded.data != loaded.data) & mask.data).any()))
+            found.append(bool(((loaded.data != loaded.data) & mask.data).any()))
         return loaded
 
-    monkeypatch.setattr(builder, "create_masked_load", checked)
-    return lambda: seen and any(seen)
+    monkeypatch.setattr(builder, "create_masked_load", watched)
+    return found
 
 
 @pytest.mark.parametrize("N", (1, 80, 203, LONG))
 @pytest.mark.parametrize("kind", ("dense", "packed", "window"))
-def test_reads_nothing_past_the_end(kind, N, device, guarded, seen_nan, monkeypatch):
+def test_reads_nothing_past_the_end(kind, N, device, guarded, loads, monkeypatch):
     if device != "cpu":
         pytest.skip("watches the interpreter's loads")
     window = None
@@ -246,7 +246,15 @@ def test_reads_nothing_past_the_end(kind, N, device, guarded, seen_nan, monkeypa
         check(qkv[0], 1, [N], max_seqlen=N + 100)
     else:
         check(qkv, 1, window=window)
-    assert seen_nan() is False
+    assert loads and not any(loads)
+
+
+@pytest.mark.parametrize("max_seqlen", (200, 500))
+def test_programs_past_the_end_return_early(max_seqlen, device, guarded, loads):
+    if device != "cpu":
+        pytest.skip("watches the interpreter's loads")
+    check(qkv_like(20, 3 * 64, dtype=torch.float16, device=device), 1, [20, 0], max_seqlen=max_seqlen)
+    assert 0 < len(loads) <= 7, "one tile of q, k and v of at most three blocks"
 
 
 @pytest.mark.parametrize("shape", ((0, 5, 96), (2, 0, 96)))

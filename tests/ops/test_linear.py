@@ -181,7 +181,7 @@ def test_every_tile(sm, size, tma, row, activation, arch, device, monkeypatch, p
     arch(sm)
 
     def config(*arguments):
-        assert arguments[5] is True
+        assert arguments[5] is True  # tma
         return row._asdict() | {"BLOCK_N": row.block_n(activation), "tma": tma}
 
     monkeypatch.setattr(kernels, "linear_config", config)
@@ -254,22 +254,18 @@ def test_no_rows(shape, device):
     assert ops.linear(x, weight[:0], bias[:0], backend="triton").shape == (*shape[:-1], 0)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_gelu_is_the_exact_one(device):
     """float32's best over all magnitudes, where x·1 reaches the epilogue as it is: no tanh, no cut-off."""
-    y = torch.cat(
-        [
-            torch.linspace(-12, 12, 2001),
-            torch.linspace(-0.01, 0.01, 101),
-            torch.tensor([-1e30, -1e4, -100.0, 0.0, 100.0, 1e4, 1e30]),
-        ]
-    )
+    far = torch.tensor([-1e30, -1e4, -100.0, 0.0, 100.0, 1e4, 1e30])
+    y = torch.cat([torch.linspace(-12, 12, 2001), torch.linspace(-0.01, 0.01, 101), far])
     actual = ops.linear(y[:, None].to(device), torch.ones(1, 1, device=device), None, "gelu", backend="triton")
     exact = y.double() * torch.special.ndtr(y.double())
     errors = (actual[:, 0].cpu().double() - exact).abs(), (torch.nn.functional.gelu(y).double() - exact).abs()
     for limit, tolerance in ((12, 3e-7), (1, 1.5e-7), (1e-2, 2e-9)):
         error, of_torch = (e[y.abs() <= limit].max() for e in errors)
         assert error <= tolerance, f"|y| ≤ {limit}: {error}, torch's {of_torch}"
-    assert torch.equal(actual[-7:, 0].cpu(), y[-7:].clamp(min=0))
+    assert torch.equal(actual[-7:, 0].cpu(), far.clamp(min=0))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -347,7 +343,7 @@ def test_bad_norm_input(message):
 @pytest.mark.parametrize("size", [2, 4])
 def test_configurations_fit_the_shape(sm, size):
     def tile(M: int, N: int, activation: str | None = None) -> tuple[int, int]:
-        config = configs.linear_config(sm, size, M, N, activation, True)
+        config = configs.linear_config(sm, size, M, N, activation, True, norm=False)
         assert config["tma"] == (sm in (90, 100))
         return config["BLOCK_M"], config["BLOCK_N"]
 

@@ -155,7 +155,7 @@ def test_strides(p, image_dtype, device, guarded):
         assert torch.equal(ops.patch_embed(image, *strided.values(), *rest[4:], backend="triton"), expected)
 
 
-@pytest.mark.parametrize("p", [8, 20, 32])
+@pytest.mark.parametrize("p", [7, 20, 32])  # rows that no step divides, a padded and a wide one
 def test_other_patch_sizes(p, device, guarded):
     check(make_image(1, p, 2 * p, torch.uint8, device), *make_weights(16, p, 2, 1, torch.float16, device).values(), p)
 
