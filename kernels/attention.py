@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -306,22 +305,21 @@ def attention(
     tiles = triton.cdiv(N, constexprs["BLOCK_M"])
     if kernel is _attention_short:  # as few programs a head as fill the GPU: each loads all its keys
         tiles = min(tiles, triton.cdiv(FILL, images * num_heads))
-    with torch.cuda.device_of(qkv):
-        kernel[(tiles * num_heads * images,)](
-            qkv,
-            out,
-            cu_seqlens,
-            0 if cu_seqlens is not None else qkv.stride(0),
-            qkv.stride(-2),
-            tiles,
-            N,
-            num_heads,
-            grid_width,
-            windows,
-            math.log2(math.e) / math.sqrt(head_dim),
-            **constexprs,
-            **options,
-        )
+    kernel[(tiles * num_heads * images,)](
+        qkv,
+        out,
+        cu_seqlens,
+        0 if cu_seqlens is not None else qkv.stride(0),
+        qkv.stride(-2),
+        tiles,
+        N,
+        num_heads,
+        grid_width,
+        windows,
+        math.log2(math.e) / math.sqrt(head_dim),
+        **constexprs,
+        **options,
+    )
     return out
 
 

@@ -222,21 +222,20 @@ def _launch(
         weight_arg = TensorDescriptor.from_tensor(weight, [tile["BLOCK_N"], tile["BLOCK_K"]])
         programs = min(tiles, config["per_sm"] * _sm_count(x.device))
     arguments = (x_arg, weight_arg, bias, mean, rstd, norm_weight, norm_bias, residual, layer_scale, out)
-    with torch.cuda.device_of(x):
-        _linear_kernel[(programs,)](
-            *arguments,
-            *(M, N, K, norm_scale, x.stride(0), weight.stride(0), stride_rm),
-            ACTIVATION=activation,
-            HAS_BIAS=bias is not None,
-            HAS_NORM=norm is not None,
-            HAS_SCALE=layer_scale is not None,
-            HAS_RESIDUAL=residual is not None,
-            USE_TMA=config["tma"],
-            EVEN_K=K % tile["BLOCK_K"] == 0 or (config["tma"] and norm is None),
-            ALIGN=math.gcd(16, K, N, x.stride(0), weight.stride(0), stride_rm),
-            PRECISION=precision_of(x.element_size()),
-            **tile,
-        )
+    _linear_kernel[(programs,)](
+        *arguments,
+        *(M, N, K, norm_scale, x.stride(0), weight.stride(0), stride_rm),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        HAS_NORM=norm is not None,
+        HAS_SCALE=layer_scale is not None,
+        HAS_RESIDUAL=residual is not None,
+        USE_TMA=config["tma"],
+        EVEN_K=K % tile["BLOCK_K"] == 0 or (config["tma"] and norm is None),
+        ALIGN=math.gcd(16, K, N, x.stride(0), weight.stride(0), stride_rm),
+        PRECISION=precision_of(x.element_size()),
+        **tile,
+    )
     return out
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -50,6 +51,38 @@ def poison(monkeypatch):
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def guarded(monkeypatch, poison):
+    """Poisoned outputs with more poison behind them, which must still be there at the end."""
+    behind = []
+    new_empty = torch.Tensor.new_empty
+
+    def with_room(self, size, **kwargs):
+        if isinstance(size, int):  # the interpreter's copies of whole storages
+            return new_empty(self, size, **kwargs)
+        buffer = new_empty(self, (math.prod(size) + 4096,), **kwargs)
+        behind.append(buffer[math.prod(size) :])
+        return buffer[: math.prod(size)].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", with_room)
+    yield
+    assert behind and all(tail.isnan().all() for tail in behind), "a kernel wrote behind its output"
+
+
+@pytest.fixture
+def nearest_bfloat16(monkeypatch):
+    """Triton's interpreter cuts float32 off to bfloat16, a GPU rounds to nearest: twice the error, and biased."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    cut_off = interpreter._convert_float
+
+    def convert(values, from_dtype, to_dtype, rounding):
+        if (from_dtype.name, to_dtype.name) == ("fp32", "bf16"):
+            return torch.tensor(values).view(torch.float32).bfloat16().view(torch.uint16).numpy()
+        return cut_off(values, from_dtype, to_dtype, rounding)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def outlier_input(*shape: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> torch.Tensor:

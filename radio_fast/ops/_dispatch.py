@@ -90,8 +90,13 @@ def choose(op: str, backend: str, *tensors: Tensor | None, needs_dot: bool, limi
 
 def register(name: str, schema: str, fake, kernel) -> None:
     """Define `radio_fast::<name>`: its kernel for CUDA (and interpreted CPU) tensors, and its fake form."""
+
+    def on_its_device(first: Tensor, *args):
+        with torch.cuda.device_of(first):  # Triton launches on the current device, whatever the tensors are on
+            return kernel(first, *args)
+
     LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, on_its_device, "CUDA")
     LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"radio_fast::{name}", fake, lib=LIBRARY)
 

@@ -13,6 +13,7 @@ from tests.conftest import GOLDEN, golden_source
 from tests.numerics import GOLDEN_RTOL, assert_relative, assert_tokens
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("nearest_bfloat16")
 
 # Sizes cut to what the interpreter does in seconds: the first call of each case.
 CASES = ["vit_h16", "vit_so400m16", "vit_l16_half", "dinov2_g14", "vit_g16_scaled_ln", "vit_b16_vitdet"]

@@ -20,38 +20,6 @@ from tests.numerics import assert_within
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def nearest_bfloat16(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, a GPU rounds to nearest: twice the error, and biased."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    cut_off = interpreter._convert_float
-
-    def convert(values, from_dtype, to_dtype, rounding):
-        if (from_dtype.name, to_dtype.name) == ("fp32", "bf16"):
-            return torch.tensor(values).view(torch.float32).bfloat16().view(torch.uint16).numpy()
-        return cut_off(values, from_dtype, to_dtype, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-
-
-@pytest.fixture
-def guarded(monkeypatch, poison):
-    """Poisoned outputs with more poison behind them, which must still be there at the end."""
-    behind = []
-    new_empty = torch.Tensor.new_empty
-
-    def with_room(self, size, **kwargs):
-        if isinstance(size, int):  # the interpreter's copies of whole storages
-            return new_empty(self, size, **kwargs)
-        buffer = new_empty(self, (math.prod(size) + 4096,), **kwargs)
-        behind.append(buffer[math.prod(size) :])
-        return buffer[: math.prod(size)].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", with_room)
-    yield
-    assert behind and all(tail.isnan().all() for tail in behind), "a kernel wrote behind its output"
-
-
 def attend(qkv: Tensor, heads: int) -> Tensor:
     """float64 softmax attention of one image or window, (N, 3·H·d) → (N, H·d), head by head."""
     d = qkv.shape[-1] // (3 * heads)
@@ -136,12 +104,12 @@ def test_one_program_for_all_queries(N, device, guarded, monkeypatch):
     check(qkv_like(1, N, 3 * 2 * 64, dtype=torch.bfloat16, device=device, seed=N), 2)
 
 
-@pytest.mark.parametrize("N", (113, LONG))
+@pytest.mark.parametrize("N", (113, 203, 266, LONG))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_scores_far_apart(N, dtype, device, guarded):
-    """Scores in the hundreds, the largest of them among the last keys: exp2 must neither overflow nor divide by 0."""
+    """Scores in the hundreds, the largest of the last keys, each in its own block: no exp2 may overflow."""
     qkv = outlier_input(1, N, 3 * 64, dtype=dtype, seed=5, device=device)
-    qkv[:, N // 2 :, 64:128] *= 3
+    qkv[:, -8:, 64:128] *= 8
     check(qkv, 1)
 
 

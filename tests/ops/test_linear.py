@@ -22,20 +22,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = (None, "gelu", "swiglu")
 
 
-@pytest.fixture(autouse=True)
-def nearest_bfloat16(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, a GPU rounds to nearest: twice the error, and biased."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    cut_off = interpreter._convert_float
-
-    def convert(values, from_dtype, to_dtype, rounding):
-        if (from_dtype.name, to_dtype.name) == ("fp32", "bf16"):
-            return torch.tensor(values).view(torch.float32).bfloat16().view(torch.uint16).numpy()
-        return cut_off(values, from_dtype, to_dtype, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-
-
 @pytest.fixture
 def arch(monkeypatch, device):
     """Take the tiles of another architecture, where the kernel runs in the interpreter."""

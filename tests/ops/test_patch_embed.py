@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,38 +14,6 @@ from tests.numerics import assert_within
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-@pytest.fixture(autouse=True)
-def nearest_bfloat16(monkeypatch):
-    """Triton's interpreter cuts float32 off to bfloat16, a GPU rounds to nearest: twice the error, and biased."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    cut_off = interpreter._convert_float
-
-    def convert(values, from_dtype, to_dtype, rounding):
-        if (from_dtype.name, to_dtype.name) == ("fp32", "bf16"):
-            return torch.tensor(values).view(torch.float32).bfloat16().view(torch.uint16).numpy()
-        return cut_off(values, from_dtype, to_dtype, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-
-
-@pytest.fixture
-def guarded(monkeypatch, poison):
-    """Poisoned outputs with more poison behind them, which must still be there at the end."""
-    behind = []
-    new_empty = torch.Tensor.new_empty
-
-    def with_room(self, size, **kwargs):
-        if isinstance(size, int):  # the interpreter's copies of whole storages
-            return new_empty(self, size, **kwargs)
-        buffer = new_empty(self, (math.prod(size) + 4096,), **kwargs)
-        behind.append(buffer[math.prod(size) :])
-        return buffer[: math.prod(size)].view(size)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", with_room)
-    yield
-    assert behind and all(tail.isnan().all() for tail in behind), "a kernel wrote behind its output"
 
 
 def make_image(B: int, H: int, W: int, dtype: torch.dtype, device: str) -> Tensor:
