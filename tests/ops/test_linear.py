@@ -222,6 +222,34 @@ def test_strides(layout, sm, dtype, arch, device, poison):
     check(x, padded[:, K:], None, None, wide[..., 1 : N + 1])
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_one_rounding(norm, activation, device, poison):
+    """Everything after the product happens in float32: the result is the float16 nearest to the truth."""
+    M, K, N = 40, 64, 48
+    x = outlier_input(M, K, dtype=torch.float16, seed=3, device=device)
+    weight, bias = parameters(K, columns_of(activation, N), torch.float16, device)
+    if norm:
+        columns = (*statistics(x), weight[0] + 1, weight[1], 0.5)
+        actual = ops.ln_linear(x, *columns, weight, bias, activation, backend="triton")
+        truth = truth_of(normalised(x, *columns).half(), weight, bias, activation)
+    else:
+        last = (outlier_input(M, N, dtype=torch.float16, seed=4, device=device), weight[1:2, :N].flatten())
+        actual = ops.linear(x, weight, bias, activation, *last, backend="triton")
+        truth = truth_of(x, weight, bias, activation, *last)
+    half_ulp = 2 ** (truth.abs().clamp(min=2.0**-14).log2().floor() - 11)
+    assert ((actual.double() - truth).abs() <= 1.001 * half_ulp + 2e-5).all()
+
+
+def test_what_descriptors_read():
+    """TMA takes starts and strides of whole 16 bytes, and rows that don't overlap."""
+    x = torch.zeros(8, 96, dtype=torch.float16)
+    reads = kernels._tma_reads
+    assert reads(x) and reads(x[:, 8:]) and reads(x[::2, :5])
+    assert not reads(x[:, 4:]) and not reads(x.flatten()[:84].view(7, 12)) and not reads(x.T)
+    assert not reads(x[:1].expand(8, 96)) and reads(x.float()[:, 4:])
+
+
 def test_strided_statistics(device, poison):
     x = outlier_input(2, 19, 64, dtype=torch.float16, seed=5, device=device)
     weight, bias = parameters(64, 48, torch.float16, device)
