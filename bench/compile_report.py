@@ -200,10 +200,10 @@ def markdown(rows: list[dict]) -> str:
         f"Every kernel in every shipped configuration, compiled with Triton {triton.__version__} and no GPU, by",
         "`python -m bench.compile_report --markdown bench/results/compile_report.md`; of the flags (bias, activation,",
         "windows, …) the heaviest set for each configuration. Spills are LDL and STL instructions (sm_70: bytes of",
-        "stack). Tensor-core instructions are counted in the disassembly (HMMA, HGMMA, UTC…MMA); the share of work is the",
-        "multiply-adds that the kernel's products ask for, over those that its instructions do: below 1 something is",
-        "there twice, in a peeled iteration or as padding. tcgen05 instructions (sm_100) do not show their shape. Blocks",
-        "per SM is an estimate.",
+        "stack). Tensor-core instructions are counted in the disassembly (HMMA, HGMMA, UTC…MMA); the share of work",
+        "is the multiply-adds that the kernel's products ask for, over those that its instructions do: below 1",
+        "something is there twice, in a peeled iteration or as padding. tcgen05 instructions (sm_100) do not show",
+        "their shape. Blocks per SM is an estimate.",
         "",
     ]
     worst = collections.Counter(problem for row in rows for problem in problems(row))

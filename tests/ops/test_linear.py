@@ -112,7 +112,7 @@ SHAPES = (
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_shapes(shape, dtype, sm, arch, device, poison):
+def test_linear_shapes(shape, dtype, sm, arch, device, guarded):
     arch(sm)
     B, tokens, K, N = shape
     activation = ACTIVATIONS[tokens % 3]
@@ -124,7 +124,7 @@ def test_linear_shapes(shape, dtype, sm, arch, device, poison):
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_ln_linear_shapes(shape, dtype, sm, arch, device, poison):
+def test_ln_linear_shapes(shape, dtype, sm, arch, device, guarded):
     arch(sm)
     B, tokens, K, N = shape
     activation = ACTIVATIONS[(tokens + 1) % 3]
@@ -136,7 +136,7 @@ def test_ln_linear_shapes(shape, dtype, sm, arch, device, poison):
 @pytest.mark.parametrize("sm,dtype", [(90, torch.float16), (90, torch.bfloat16), (80, torch.float32)], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("given", ["", "bias", "residual", "layer_scale", "bias residual layer_scale"])
-def test_epilogues(given, activation, sm, dtype, arch, device, poison):
+def test_epilogues(given, activation, sm, dtype, arch, device, guarded):
     arch(sm)
     M, K, N = 70, 64, 56
     x = outlier_input(M, K, dtype=dtype, seed=3, device=device)
@@ -149,7 +149,7 @@ def test_epilogues(given, activation, sm, dtype, arch, device, poison):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm_scale", [1.0, 0.37])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ln_linear_scale_and_no_bias(dtype, norm_scale, activation, device, poison):
+def test_ln_linear_scale_and_no_bias(dtype, norm_scale, activation, device, guarded):
     x = 5 + outlier_input(70, 72, dtype=dtype, seed=3, device=device)
     weight, bias = parameters(72, columns_of(activation, 56), dtype, device)
     check_norm(x, weight, bias if norm_scale == 1.0 else None, activation, norm_scale)
@@ -162,7 +162,7 @@ def rows_of(sm: int) -> list:
 
 @pytest.mark.parametrize("sm,size,tma,row", rows_of(80) + rows_of(90) + rows_of(100), ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_every_tile(sm, size, tma, row, activation, arch, device, monkeypatch, poison):
+def test_every_tile(sm, size, tma, row, activation, arch, device, monkeypatch, guarded):
     """Each row of the table on a shape with ragged tiles in M, N and K, more tiles than programs."""
     arch(sm)
 
@@ -182,7 +182,7 @@ def test_every_tile(sm, size, tma, row, activation, arch, device, monkeypatch, p
         check(x, weight, bias, None, residual, normal(N, dtype=dtype, seed=11, device=device))
 
 
-def test_groups_of_tiles_cover_the_output(device, poison, arch):
+def test_groups_of_tiles_cover_the_output(device, guarded, arch):
     """More row tiles than a group holds, the last group narrower, more than one column of tiles."""
     arch(80)
     x = outlier_input(9 * 128 + 5, 32, dtype=torch.float16, seed=1, device=device)
@@ -206,7 +206,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("sm,dtype", [(80, torch.bfloat16), (90, torch.float16)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(layout, sm, dtype, arch, device, poison):
+def test_strides(layout, sm, dtype, arch, device, guarded):
     arch(sm)
     take = LAYOUTS[layout]
     x = take(outlier_input(2, 37, 96, dtype=dtype, seed=5, device=device))
@@ -224,7 +224,7 @@ def test_strides(layout, sm, dtype, arch, device, poison):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm", [False, True])
-def test_one_rounding(norm, activation, device, poison):
+def test_one_rounding(norm, activation, device, guarded):
     """Everything after the product happens in float32: the result is the float16 nearest to the truth."""
     M, K, N = 40, 64, 48
     x = outlier_input(M, K, dtype=torch.float16, seed=3, device=device)
@@ -250,7 +250,7 @@ def test_what_descriptors_read():
     assert not reads(x[:1].expand(8, 96)) and reads(x.float()[:, 4:])
 
 
-def test_strided_statistics(device, poison):
+def test_strided_statistics(device, guarded):
     x = outlier_input(2, 19, 64, dtype=torch.float16, seed=5, device=device)
     weight, bias = parameters(64, 48, torch.float16, device)
 
