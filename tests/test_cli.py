@@ -155,7 +155,15 @@ def test_interrupted_embed_keeps_what_is_done(photos, tmp_path):
     out = tmp_path / "out.npz"
     paths = (photos / "a.jpg", photos / "b.png", pipe, photos / "deeper" / "c.webp")
     args = command("embed", *paths, "-o", out, "--version", CHECKPOINT, "--resolution", "64", "--batch-size", "1")
-    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        args,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would everything they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     writer, deadline = None, time.monotonic() + 120
     while writer is None and time.monotonic() < deadline:
         try:  # succeeds once the process has opened the pipe to read it
