@@ -59,7 +59,7 @@ def why_not_triton(device: torch.device, needs_dot: bool) -> str | None:
 
 
 def choose(op: str, backend: str, *tensors: Tensor | None, needs_dot: bool, limit: str | None = None) -> str:
-    """ "reference" or "triton" for this call.
+    """The implementation that this call runs, "reference" or "triton".
 
     `backend` is what the caller wants; the environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
     "auto" takes the kernel where it runs: on a GPU, outside autograd and autocast, within the kernel's limits (`limit`
