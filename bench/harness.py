@@ -1,8 +1,9 @@
-"""Time rivals against each other on a GPU: device events, warm-up, interleaved rounds, medians."""
+"""Time rivals against each other: warm-up, interleaved rounds, medians; by device events on a GPU, else wall time."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import pytest
@@ -34,14 +35,36 @@ def time_rivals(rivals: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compare(benchmark, rivals: dict[str, Callable[[], object]], flop: float, moved: float) -> None:
-    """Run `time_rivals`; put times, achieved rates and the ratio of ours ("triton") to the best rival into the record.
+def time_on_cpu(rivals: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """As `time_rivals`, wall time; fewer rounds, as many as a minute holds."""
+    started = time.perf_counter()
+    for call in rivals.values():
+        call()
+    rounds = int(min(ROUNDS, max(5, 60 / (time.perf_counter() - started))))
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, call in rivals.items():
+            started = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compare(
+    benchmark,
+    rivals: dict[str, Callable[[], object]],
+    flop: float,
+    moved: float,
+    ours: str = "triton",
+    timer=time_rivals,
+) -> None:
+    """Time the rivals; put times, achieved rates and the ratio of ours to the best other one into the record.
 
     `flop` and `moved` (bytes) are what the operation needs at least, for its floor.
     """
-    times = benchmark.pedantic(time_rivals, args=(rivals,), rounds=1)
-    ours = times["triton"]
-    best = min((ms for name, ms in times.items() if name != "triton"), default=float("nan"))
+    times = benchmark.pedantic(timer, args=(rivals,), rounds=1)
+    best = min((ms for name, ms in times.items() if name != ours), default=float("nan"))
+    ours = times[ours]
     benchmark.extra_info.update(
         times_ms=times,
         flop=flop,

@@ -82,6 +82,8 @@ def _store(
                 gate += tl.load(bias + N + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION == "gelu":
             acc = gelu(acc)
+        elif ACTIVATION == "silu":
+            acc = acc * tl.sigmoid(acc)
         elif ACTIVATION == "swiglu":
             acc = acc * tl.sigmoid(acc) * gate
         if HAS_SCALE:
@@ -253,8 +255,8 @@ def linear(
     Args:
         x: (..., K) and weight: (N', K), float16, bfloat16 or float32; rows of adjacent elements are read in place,
             other strides are copied. bias: (N') or None.
-        activation: None (N = N'); "gelu", exact (N = N'); "swiglu", silu(a)·b with a of the first N = N'/2 rows of
-            weight and b of the others.
+        activation: None, "gelu" (exact) or "silu" (N = N'); "swiglu", silu(a)·b with a of the first N = N'/2 rows
+            of weight and b of the others.
         residual: (..., N) or None, as x. layer_scale: (N) or None.
         sm: the architecture whose configuration is taken.
 

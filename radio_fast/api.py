@@ -15,13 +15,18 @@ from radio_fast.checkpoint import MappedRange, read_checkpoint, state_of_checkpo
 from radio_fast.download import check_sha256, fetch_version, verify
 from radio_fast.errors import CheckpointError
 from radio_fast.layers.conditioner import InputConditioner
+from radio_fast.layers.window_attention import coords_table
 from radio_fast.model import RADIOModel
 from radio_fast.models.adaptors import Adaptor, build_head, canonical_head
+from radio_fast.models.backbone import Backbone
+from radio_fast.models.eradio import ERADIO
+from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
 from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
 from radio_fast.models.registry import Version, ViTDet, find_version, unknown_version
 from radio_fast.models.spec import ViTSpec, spec_of_version
 from radio_fast.models.vit import VisionTransformer
 from radio_fast.models.weights import ModelState, fill
+from radio_fast.ops.window_attention import MAX_WINDOW
 from radio_fast.runtime import resolve_backend, resolve_device, resolve_dtype
 
 
@@ -33,6 +38,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     adaptor_names: str | Sequence[str] | None = None,
     vitdet_window_size: int | None = None,
+    window_size: int | str | None = None,
     progress: bool = True,
     return_checkpoint: bool = False,
     backend: str = "auto",
@@ -55,6 +61,8 @@ def load(
         adaptor_names: one or more of the checkpoint's adaptors; the model then returns a dict. None: none, or those a
             Hugging Face folder's config names; an empty list: none.
         vitdet_window_size: attend inside windows of this many patches a side, but for a few global blocks.
+        window_size: the window of an E-RADIO's attention, in positions; it shapes the features. None: as built (16);
+            "optimal": for each image the one that `model.model.set_optimal_window_size` would set for its size.
         progress: show a bar while downloading.
         return_checkpoint: return (model, the checkpoint's dict) instead; of a Hugging Face folder, its config.
         backend: "reference": plain PyTorch; "triton": the kernels, or an error saying why they can't run; "auto": the
@@ -67,27 +75,25 @@ def load(
 
     Raises:
         ValueError: an argument is off; the message names the legal values.
-        CheckpointError: the file is damaged, refused, or not a RADIO ViT.
+        CheckpointError: the file is damaged, refused, or not a RADIO model.
         DownloadError: the weights are neither in the cache nor to be had.
     """
     target, forced_dtype = resolve_device(device), resolve_dtype(dtype)
     backend = resolve_backend(backend, target)
     row, source = _locate(version, checkpoint)
-    if row is not None and row.is_eradio:
-        raise ValueError(
-            f"{row.name} is an E-RADIO model, which this version of radio_fast does not run; only the ViTs"
-        )
-    _vitdet_rule(row, vitdet_window_size)  # refused before anything is downloaded
+    # Refused before anything is downloaded.
+    _vitdet_rule(row, vitdet_window_size)
+    check_window_size(window_size, row is None or row.is_eradio)
 
     if random_init:
         if source is not None or row is None:
             raise ValueError("random_init takes a version name, not a checkpoint")
         if adaptor_names or return_checkpoint:
             raise ValueError("random_init makes the backbone alone: it has no adaptors and no checkpoint")
-        vit = _random_vit(spec_of_version(row), seed, target, forced_dtype or getattr(torch, row.dtype))
-        if vitdet_window_size is not None:
-            vit.set_vitdet(vitdet_window_size, _vitdet_rule(row, vitdet_window_size))
-        return RADIOModel(vit, InputConditioner().to(target), version=row, backend=backend).eval()
+        spec = released_spec(row.arch) if row.is_eradio else spec_of_version(row)
+        backbone = _random_backbone(spec, seed, target, forced_dtype or getattr(torch, row.dtype))
+        _set_windows(backbone, row, vitdet_window_size, window_size)
+        return RADIOModel(backbone, InputConditioner().to(target), version=row, backend=backend).eval()
 
     check_sha256(sha256)
     if source is None:
@@ -110,8 +116,7 @@ def load(
         model = _build(state, adaptor_names, target, forced_dtype, row, backend, release)
         if state.max_resolution is not None or state.preferred_resolution is not None:
             model.set_resolutions(state.max_resolution, state.preferred_resolution)
-        if window is not None:
-            model.model.set_vitdet(window, _vitdet_rule(row, window))
+        _set_windows(model.model, row, window, window_size)
     return (model, content) if return_checkpoint else model
 
 
@@ -126,6 +131,42 @@ def _vitdet_rule(row: Version | None, window_size: int | None) -> ViTDet:
     if window_size is not None:
         raise ValueError(f"{row.name} has no ViTDet mode: load it without vitdet_window_size")
     return ViTDet()
+
+
+def check_window_size(window_size: int | str | None, has_windows: bool) -> None:
+    """Refuse a `window_size` that no E-RADIO takes, or one for a ViT.
+
+    Raises:
+        ValueError: the message names what is legal.
+    """
+    if window_size is None:
+        return
+    if not has_windows:
+        raise ValueError("window_size is E-RADIO's; a ViT takes vitdet_window_size")
+    whole = isinstance(window_size, int) and not isinstance(window_size, bool)
+    if window_size != "optimal" and not (whole and 1 <= window_size <= MAX_WINDOW):
+        raise ValueError(f"window_size must be 'optimal' or a number in 1…{MAX_WINDOW}, got {window_size!r}")
+
+
+def _set_windows(
+    backbone: Backbone, row: Version | None, vitdet_window_size: int | None, window_size: int | str | None
+) -> None:
+    if not isinstance(backbone, ERADIO):
+        check_window_size(window_size, has_windows=False)
+        if vitdet_window_size is not None:
+            backbone.set_vitdet(vitdet_window_size, _vitdet_rule(row, vitdet_window_size))
+    elif vitdet_window_size is not None:
+        raise ValueError("E-RADIO has no ViTDet mode: load it without vitdet_window_size")
+    elif window_size == "optimal":
+        backbone.follow_image_size()
+    elif window_size is not None:
+        backbone.change_window_size(window_size)
+
+
+def make_backbone(spec: ViTSpec | ERADIOSpec) -> Backbone:
+    """The empty network of a structure, on the meta device."""
+    with torch.device("meta"):
+        return ERADIO(spec) if isinstance(spec, ERADIOSpec) else VisionTransformer(spec)
 
 
 def _keep(tensor: Tensor) -> None:
@@ -209,9 +250,8 @@ def _build(
     spec = state.spec()
     names = chosen_adaptors(state, adaptor_names)
     backbone_dtype = dtype or state.args["dtype"]
-    with torch.device("meta"):
-        vit = VisionTransformer(spec)
-    fill(vit, state.backbone, "", device, backbone_dtype, release)
+    backbone = make_backbone(spec)
+    fill(backbone, state.backbone, "", device, backbone_dtype, release)
 
     conditioner = InputConditioner()
     fill(conditioner, dict(state.conditioner), "input_conditioner.", device, torch.float32)
@@ -225,11 +265,16 @@ def _build(
         normalizers["inter_feature_normalizer"] = IntermediateFeatureNormalizer(spec.depth, spec.embed_dim, per_block)
     for name, module in normalizers.items():
         fill(module, getattr(state, name), f"{name}.", device, backbone_dtype, release)
-    return RADIOModel(vit, conditioner, adaptors, **normalizers, version=row, backend=backend).to(device).eval()
+    return RADIOModel(backbone, conditioner, adaptors, **normalizers, version=row, backend=backend).to(device).eval()
 
 
 def _adaptor(
-    state: ModelState, spec: ViTSpec, name: str, device: torch.device, dtype: torch.dtype, release: Callable
+    state: ModelState,
+    spec: ViTSpec | ERADIOSpec,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    release: Callable,
 ) -> Adaptor:
     named = [(i, teacher) for i, teacher in enumerate(state.args["teachers"] or []) if teacher["name"] == name]
     if not named:
@@ -239,7 +284,9 @@ def _adaptor(
     if slot is None:
         slot = index if state.args["cls_token_per_teacher"] else 0
     upsample = teacher.get("fd_upsample_factor") or 1
-    if not isinstance(slot, int) or not 0 <= slot < spec.num_prefix:
+    if isinstance(spec, ERADIOSpec):
+        slot = 0  # no tokens but the mean of the features
+    elif not isinstance(slot, int) or not 0 <= slot < spec.num_prefix:
         raise CheckpointError(
             f"adaptor {name!r}: token_slot must be one of the {spec.num_prefix} prefix tokens, got {slot!r}"
         )
@@ -265,14 +312,16 @@ def _adaptor(
     return Adaptor(*heads, token_slot=slot, upsample=upsample)
 
 
-def _random_vit(spec: ViTSpec, seed: int, device: torch.device, dtype: torch.dtype) -> VisionTransformer:
-    """Weights of standard deviation 0.02, norms at identity, biases and LayerScale small but not neutral."""
+def _random_backbone(spec: ViTSpec | ERADIOSpec, seed: int, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """Weights of standard deviation 0.02 (E-RADIO's: 1/√inputs), norms at identity, biases and LayerScale small."""
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.no_grad():
-        with torch.device("meta"):
-            vit = VisionTransformer(spec)
-        state = {}
-        for name, empty in vit.named_parameters():
+        backbone = make_backbone(spec)
+        state = {
+            name: coords_table((table.shape[1] + 1) // 2, (table.shape[1] + 1) // 2)
+            for name, table in backbone.named_buffers()
+        }
+        for name, empty in backbone.named_parameters():
             value = torch.empty(empty.shape)
             if name.endswith(("norm1.weight", "norm2.weight", "norm.weight")):
                 value.fill_(1.0)
@@ -281,7 +330,8 @@ def _random_vit(spec: ViTSpec, seed: int, device: torch.device, dtype: torch.dty
             elif name.endswith(".alpha"):
                 value.fill_(0.5)
             else:
-                value.normal_(std=0.02, generator=generator)
+                deep = isinstance(spec, ERADIOSpec) and value.ndim > 1
+                value.normal_(std=value[0].numel() ** -0.5 if deep else 0.02, generator=generator)
             state[name] = value
-        fill(vit, state, "", device, dtype)
-    return vit
+        fill(backbone, state, "", device, dtype)
+    return backbone

@@ -295,9 +295,10 @@ def state_of_checkpoint(content: Mapping[str, Any]) -> ModelState:
         )
         if all(pair) and name not in heads:
             heads[name] = tuple(fold_spectral(head, 1e-6) for head in pair)
-    backbone, plain = canonical_backbone(fold_spectral(under("base_model."), eps))
+    arch = args["model"] or str(content.get("arch") or "")
+    backbone, plain = canonical_backbone(fold_spectral(under("base_model."), eps), arch)
     return ModelState(
-        arch=args["model"] or str(content.get("arch") or ""),
+        arch=arch,
         args=args,
         backbone=backbone,
         fixed_size=plain,

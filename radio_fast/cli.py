@@ -27,7 +27,9 @@ from radio_fast.doctor import examine
 from radio_fast.download import default_cache_dir
 from radio_fast.images import ImageError, find_images, read_image, to_tensor
 from radio_fast.model import RADIOModel
+from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
 from radio_fast.models.registry import ARCHS, DEFAULT_VERSION, VERSIONS, find_version, unknown_version
+from radio_fast.models.spec import ViTSpec
 
 app = typer.Typer(
     name="radio-fast",
@@ -67,10 +69,17 @@ def _file_facts(path: Path) -> dict[str, object]:
     state = hf.read_folder(path)[0] if path.is_dir() else state_of_checkpoint(read_checkpoint(path))
     spec = state.spec()
     parameters = sum(t.numel() for t in state.backbone.values())
+    facts = {"arch": spec.arch, "parameters": f"{parameters / 1e6:.1f} M (backbone)", "embed_dim": spec.embed_dim}
+    facts |= _eradio_facts(spec) if isinstance(spec, ERADIOSpec) else _vit_facts(spec)
+    return facts | {
+        "stored as": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.backbone.values()})),
+        "runs as": str(state.args["dtype"]).removeprefix("torch."),
+        "adaptors": ", ".join(state.heads) or "none",
+    }
+
+
+def _vit_facts(spec: ViTSpec) -> dict[str, object]:
     return {
-        "arch": spec.arch,
-        "parameters": f"{parameters / 1e6:.1f} M (backbone)",
-        "embed_dim": spec.embed_dim,
         "depth": spec.depth,
         "heads": f"{spec.num_heads} × {spec.embed_dim // spec.num_heads}",
         "MLP": f"{'SwiGLU' if spec.swiglu else 'GELU'} {spec.mlp_hidden}",
@@ -78,10 +87,24 @@ def _file_facts(path: Path) -> dict[str, object]:
         "prefix tokens": f"{spec.num_cls_tokens} cls + {spec.num_registers} registers",
         "summary": f"{len(spec.summary_idxs)} × {spec.embed_dim} (tokens {', '.join(map(str, spec.summary_idxs))})",
         "position table": f"{spec.grid_side} × {spec.grid_side}",
-        "stored as": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.backbone.values()})),
-        "runs as": str(state.args["dtype"]).removeprefix("torch."),
-        "adaptors": ", ".join(state.heads) or "none",
     }
+
+
+def _eradio_facts(spec: ERADIOSpec) -> dict[str, object]:
+    facts: dict[str, object] = {"feature size": f"{spec.patch_size} pixels", "summary": "the mean of the features"}
+    for i, level in enumerate(spec.levels):
+        if level.chains:
+            one = level.chains[0][0]
+            windows = ", ".join(
+                f"{block.window} × {block.window}{' at half resolution' * (block.sr_ratio == 2)}"
+                for block in level.chains[0]
+            )
+            heads = f"{one.num_heads} heads of {one.dim // one.num_heads}"
+            kind = f"{len(level.chains)} × attention, {heads}, windows {windows}"
+        else:
+            kind = f"{len(level.c2f)} × C2f" if level.c2f_width else f"{len(level.convs)} × convolutions"
+        facts[f"level {i}"] = f"{level.dim} channels, {kind}"
+    return facts
 
 
 @app.command()
@@ -103,13 +126,15 @@ def info(
         facts["cached"] = str(path) if path.is_file() else "no (downloaded on first load)"
     elif not path.exists():
         raise unknown_version(version)
-    if path.exists() and not (row is not None and row.is_eradio):
+    if path.exists():
         facts |= _file_facts(path)
     elif row is not None:
         facts |= {"arch": row.arch, "adaptors": ", ".join(row.adaptors) or "none"}
         if arch := ARCHS.get(row.arch):
             facts |= {"embed_dim": arch.embed_dim, "depth": arch.depth, "patch size": arch.patch_size}
             facts |= {"heads": f"{arch.num_heads} × {arch.embed_dim // arch.num_heads}"}
+        elif row.is_eradio:
+            facts |= _eradio_facts(released_spec(row.arch))
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -166,6 +191,10 @@ def embed(
         str | None, typer.Option(help="Pixels (432, 384x512), or 'native': each image's nearest legal size.")
     ] = None,
     adaptors: Annotated[str | None, typer.Option(help="Adaptors to run too, separated by commas.")] = None,
+    window_size: Annotated[
+        str | None,
+        typer.Option(help="E-RADIO: attention windows of so many positions, or 'optimal' for each image's size."),
+    ] = None,
     features: Annotated[bool, typer.Option(help="Store patch features too, not the summaries alone.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size per forward pass.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … (a GPU where there is one).")] = None,
@@ -185,8 +214,15 @@ def embed(
         raise ValueError(f"no images in {', '.join(map(str, paths))}")
     names = [name for name in (adaptors or "").split(",") if name]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    window = int(window_size) if window_size and window_size.lstrip("-").isdecimal() else window_size
     model = radio_fast.load(
-        version, checkpoint=checkpoint, device=device, dtype=dtype, adaptor_names=names or None, random_init=random_init
+        version,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        adaptor_names=names or None,
+        window_size=window,
+        random_init=random_init,
     )
     size = parse_resolution(resolution, model)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,9 @@ def _remote_code(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mo
     if summary_idxs:
         num_cls = len({teacher["name"] for teacher in teachers}) if args["cls_token_per_teacher"] else 1
         layout = (max(num_cls, 1), 0, summary_idxs)
-    backbone, plain = canonical_backbone(fold_spectral(_under(tensors, "radio_model.model."), 1e-12))
+    backbone, plain = canonical_backbone(
+        fold_spectral(_under(tensors, "radio_model.model."), 1e-12), args["model"] or ""
+    )
     names = config.get("adaptor_names") or ()
     if not isinstance(names, (str, list, tuple)):
         raise CheckpointError(f"config.json: adaptor_names must be a list of names, got {names!r}")
@@ -190,7 +192,7 @@ def _native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSt
             raise CheckpointError(f"config.json: {name} must be of type {kind.__name__}, got {value!r}")
         return value
 
-    backbone, _ = canonical_backbone(native_backbone(tensors))
+    backbone, _ = canonical_backbone(native_backbone(tensors), "radio")
     num_cls = field("num_cls_tokens", int, 3)
     summary_idxs = _summary_idxs(tensors) or tuple(field("summary_idxs", list, [0, 1]))
     if not all(type(i) is int for i in summary_idxs):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.models.adaptors import Adaptor, to_nchw
+from radio_fast.models.backbone import Backbone
+from radio_fast.models.eradio import ERADIO
 from radio_fast.models.intermediates import collect_intermediates
 from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
 from radio_fast.models.registry import Resolution, Version
-from radio_fast.models.vit import VisionTransformer
 
 FEATURE_FORMATS = ("NLC", "NCHW")
 
@@ -43,7 +44,7 @@ class RADIOModel(nn.Module):
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: Backbone,
         conditioner: InputConditioner | None = None,
         adaptors: Mapping[str, Adaptor] | None = None,
         feature_normalizer: FeatureNormalizer | None = None,
@@ -88,22 +89,22 @@ class RADIOModel(nn.Module):
 
     @property
     def window_size(self) -> int | None:
-        """Side of a ViTDet window in patches; None outside ViTDet mode."""
+        """Side of a ViTDet window in patches; None outside ViTDet mode. E-RADIO's: `model.attention_window`."""
         return self.model.window_size
 
     @property
     def min_resolution_step(self) -> int:
-        """H and W must be multiples of this many pixels: the patch size, times the window in ViTDet mode."""
-        return self.patch_size * (self.window_size or 1)
+        """H and W must be multiples of this many pixels: the patch size, times a ViTDet window; 32 (E-RADIO)."""
+        return self.model.min_resolution_step
 
     @property
-    def num_summary_tokens(self) -> int:
-        """P: prefix tokens in front of the patches, cls tokens and registers."""
-        return self.model.spec.num_prefix
+    def num_summary_tokens(self) -> int | None:
+        """P: prefix tokens in front of the patches, cls tokens and registers; None for E-RADIO, which has none."""
+        return self.model.spec.num_prefix or None
 
     @property
-    def num_cls_tokens(self) -> int:
-        return self.model.spec.num_cls_tokens
+    def num_cls_tokens(self) -> int | None:
+        return self.model.spec.num_cls_tokens or None
 
     @property
     def embed_dim(self) -> int:
@@ -113,11 +114,12 @@ class RADIOModel(nn.Module):
     @property
     def summary_dim(self) -> int:
         """S·D: the width of the summary."""
-        return len(self.model.spec.summary_idxs) * self.embed_dim
+        return len(self.model.summary_tokens) * self.embed_dim
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.blocks
+    def blocks(self) -> nn.ModuleList | None:
+        """The transformer blocks; None for E-RADIO, whose blocks are parts of `model.levels`."""
+        return getattr(self.model, "blocks", None)
 
     # -- methods of the official model ------------------------------------------------------------------------------
 
@@ -183,7 +185,15 @@ class RADIOModel(nn.Module):
 
         Returns:
             A list with one entry per block, or (final output, that list).
+
+        Raises:
+            ValueError: as for `forward`; indices or options that are not legal.
+            NotImplementedError: the model is an E-RADIO.
         """
+        if isinstance(self.model, ERADIO):
+            raise NotImplementedError(
+                "E-RADIO has no forward_intermediates: its levels differ in resolution and width. ViTs have it"
+            )
         check_choice("output_fmt", output_fmt, FEATURE_FORMATS)
         check_choice("aggregation", aggregation, ("sparse", "dense"))
         check_choice("norm_alpha_scheme", norm_alpha_scheme, ("none", "pre-alpha", "post-alpha"))
@@ -218,26 +228,20 @@ class RADIOModel(nn.Module):
         step = self.min_resolution_step
         if H % step or W % step or not H or not W:
             near = self.get_nearest_supported_resolution(H, W)
-            why = f"patch size {self.patch_size}"
-            if self.window_size:
-                why += f" × ViTDet window {self.window_size}"
             raise ValueError(
-                f"image height and width must be multiples of {step} pixels ({why}), got {H} × {W}; "
+                f"image height and width must be multiples of {step} pixels ({self.model.step_reason}), got {H} × {W}; "
                 f"the nearest supported size is {near.height} × {near.width}"
             )
-        generator = self.model.patch_generator
-        if generator.fixed_size:
-            side = generator.grid_side * self.patch_size
-            if side != H or side != W:
-                raise ValueError(f"this model has no CPE and takes only {side} × {side} images, got {H} × {W}")
-        device = generator.pos_embed.device
+        side = self.model.only_size
+        if side is not None and not side == H == W:
+            raise ValueError(f"this model has no CPE and takes only {side} × {side} images, got {H} × {W}")
+        device = self.model.device
         if x.device != device:
             raise ValueError(f"x is on {x.device} and the model on {device}: move one of them with .to(...)")
 
     def _backbone_output(self, tokens: Tensor, h: int, w: int, fmt: str, per_block: bool = False) -> RadioOutput:
-        spec = self.model.spec
-        summary = tokens[:, list(spec.summary_idxs)].flatten(1)
-        features = tokens[:, spec.num_prefix :]
+        prefix, features = self.model.split(tokens)
+        summary = prefix[:, list(self.model.summary_tokens)].flatten(1)
         if self.feature_normalizer is not None and not per_block:
             features = self.feature_normalizer(features)
         return RadioOutput(summary, to_nchw(features, h, w) if fmt == "NCHW" else features)
@@ -246,7 +250,7 @@ class RADIOModel(nn.Module):
         if not self.adaptors:
             return self._backbone_output(tokens, h, w, fmt)
         backbone = self._backbone_output(tokens, h, w, "NLC")
-        prefix = tokens[:, : self.num_summary_tokens]
+        prefix, _ = self.model.split(tokens)
         outputs = {"backbone": backbone}
         for name, adaptor in self.adaptors.items():
             outputs[name] = RadioOutput(*adaptor(prefix, backbone.features, h, w, fmt))

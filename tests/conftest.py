@@ -21,11 +21,9 @@ def golden_source(case: str) -> Path:
 
 
 def golden_calls() -> list:
-    """(case, number of the call, the call) for every golden case of a ViT, as pytest parameters."""
+    """(case, number of the call, the call) for every golden case, as pytest parameters."""
     params = []
     for path in sorted(GOLDEN.glob("*/case.json")):
-        if path.parent.name.startswith("eradio"):
-            continue
         for number, call in enumerate(json.loads(path.read_text())["calls"]):
             params.append(pytest.param(path.parent.name, number, call, id=f"{path.parent.name}-{number}"))
     return params

@@ -218,3 +218,19 @@ def test_command_line_without_its_extra(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1
     assert "pip install 'radio_fast[cli]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_info_and_embed_of_an_eradio(photos, tmp_path):
+    file = golden_source("eradio_small")
+    text = run("info", file).stdout
+    assert "1.8 M (backbone)" in text and "float16" in text
+    assert "96 channels, 2 × attention, 1 heads of 96" in " ".join(text.replace("│", " ").split())
+    assert "5 × attention, 8 heads of 96" in " ".join(run("info", "eradio_v1").stdout.replace("│", " ").split())
+    out = tmp_path / "o.npz"
+    arguments = ("embed", photos, "-o", out, "--version", file, "--resolution", "96")
+    run(*arguments, "--window-size", "optimal")
+    assert np.load(out)["summary"].shape[1] == 160
+    assert (
+        "window_size must be 'optimal' or a number in 1…32, got 0"
+        in run(*arguments, "--window-size", "0", code=1).stderr
+    )

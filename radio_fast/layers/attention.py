@@ -11,11 +11,11 @@ class Attention(nn.Module):
 
     backend = "auto"
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, proj_bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
+        self.proj = Linear(dim, dim, bias=proj_bias)
 
     def mix(self, qkv: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
         """What comes after the qkv layer; `window` (h, w, k): inside k × k windows of an h × w grid of tokens."""

@@ -27,13 +27,21 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Module):
-    """fc2(norm(gelu(fc1 x))), the norm only in the `_mlpnorm` architecture."""
+    """fc2(norm(act(fc1 x))), the norm only in the `_mlpnorm` architecture; act is "gelu" or "swiglu"."""
 
-    def __init__(self, dim: int, hidden: int, norm: bool = False, eps: float = 1e-6):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        norm: bool = False,
+        eps: float = 1e-6,
+        activation: str = "gelu",
+        bias: tuple[bool, bool] = (True, True),
+    ):
         super().__init__()
-        self.fc1 = Linear(dim, hidden, activation="gelu")
+        self.fc1 = Linear(dim, hidden * (2 if activation == "swiglu" else 1), bias=bias[0], activation=activation)
         self.norm = LayerNorm(hidden, eps) if norm else None
-        self.fc2 = Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim, bias=bias[1])
 
     @property
     def expand(self) -> Linear:

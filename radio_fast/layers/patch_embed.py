@@ -1,51 +1,11 @@
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-
 import torch
 from torch import Tensor, nn
 
 from radio_fast import ops
+from radio_fast.layers.cache import TensorCache
 from radio_fast.layers.conditioner import InputConditioner
-
-
-class PosCache:
-    """Position embeddings by image size, least recently used out first, at most `max_bytes` of them.
-
-    A copied or unpickled model starts with an empty one.
-    """
-
-    def __init__(self, max_bytes: int = 128 << 20):
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self.entries: OrderedDict[tuple, Tensor] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def __reduce__(self):
-        return PosCache, (self.max_bytes,)
-
-    def get(self, key: tuple) -> Tensor | None:
-        with self.lock:
-            if key in self.entries:
-                self.entries.move_to_end(key)
-            return self.entries.get(key)
-
-    def put(self, key: tuple, value: Tensor) -> None:
-        size = value.numel() * value.element_size()
-        with self.lock:
-            if key in self.entries or size > self.max_bytes:
-                return
-            self.entries[key] = value
-            self.bytes += size
-            while self.bytes > self.max_bytes:
-                _, old = self.entries.popitem(last=False)
-                self.bytes -= old.numel() * old.element_size()
-
-    def clear(self) -> None:
-        with self.lock:
-            self.entries.clear()
-            self.bytes = 0
 
 
 class PrefixTokens(nn.Module):
@@ -82,7 +42,7 @@ class PatchGenerator(nn.Module):
         self.embedder = nn.Linear(3 * patch_size**2, embed_dim, bias=bias)
         self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, embed_dim))
         self.cls_token = PrefixTokens(num_prefix, embed_dim)
-        self._pos_cache = PosCache()
+        self._pos_cache = TensorCache(128 << 20)
 
     @property
     def num_prefix(self) -> int:

@@ -11,6 +11,7 @@ from radio_fast.layers.block import Block
 from radio_fast.layers.mlp import Mlp, SwiGLU
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.layers.patch_embed import PatchGenerator
+from radio_fast.models.backbone import Backbone
 from radio_fast.models.registry import ViTDet
 from radio_fast.models.spec import ViTSpec
 
@@ -46,7 +47,7 @@ def windowed_blocks(depth: int, rule: ViTDet) -> frozenset[int]:
     return frozenset(i for i in range(depth - 1) if i % period != period - 1)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """Image (B, 3, H, W) → tokens (B, P + T, D): P prefix tokens, then T = H/p · W/p patches row by row."""
 
     def __init__(self, spec: ViTSpec):
@@ -54,7 +55,8 @@ class VisionTransformer(nn.Module):
         self.spec = spec
         self.embed_dim = spec.embed_dim
         self.num_prefix = spec.num_prefix
-        self.window_size: int | None = None
+        self.summary_tokens = spec.summary_idxs
+        self.only_size = spec.grid_side * spec.patch_size if spec.fixed_size else None
         self.windowed: frozenset[int] = frozenset()
         self.patch_generator = PatchGenerator(
             spec.embed_dim,
@@ -68,14 +70,6 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(make_block(spec, i) for i in range(spec.depth))
         self.norm = make_norm(spec) if spec.final_norm else nn.Identity()
 
-    def set_backend(self, backend: str, fuse_norm: bool = False) -> None:
-        """Which implementation of the ops the layers ask for; `fuse_norm`: LayerNorm inside the linears after it."""
-        for module in self.modules():
-            if hasattr(module, "backend"):
-                module.backend = backend
-            if isinstance(module, Block):
-                module.fuse_norm = fuse_norm and isinstance(module.norm1, LayerNorm)
-
     def set_vitdet(self, window_size: int, rule: ViTDet) -> None:
         """Attend inside `window_size` × `window_size` patches in all blocks but the global ones of `rule`."""
         if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
@@ -83,10 +77,17 @@ class VisionTransformer(nn.Module):
         self.windowed = windowed_blocks(len(self.blocks), rule)
         self.window_size = window_size
 
-    def grid(self, image: Tensor) -> tuple[int, int]:
-        """(h, w): the image's rows and columns of patches."""
-        p = self.patch_generator.patch_size
-        return image.shape[2] // p, image.shape[3] // p
+    @property
+    def min_resolution_step(self) -> int:
+        return self.spec.patch_size * (self.window_size or 1)
+
+    @property
+    def step_reason(self) -> str:
+        why = f"patch size {self.spec.patch_size}"
+        return f"{why} × ViTDet window {self.window_size}" if self.window_size else why
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
 
     def run_windowed(self, block: Block, x: Tensor, h: int, w: int) -> Tensor:
         """One block inside the windows; the prefix tokens are set aside and pass unchanged."""

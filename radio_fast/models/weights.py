@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_fast.errors import CheckpointError
+from radio_fast.models.deferred import Deferred
+from radio_fast.models.eradio_spec import ERADIOSpec, canonical_eradio, eradio_spec, is_eradio
 from radio_fast.models.spec import ViTSpec, prefix_layout, spec_of_state
 
-State = dict[str, Tensor]
+State = dict[str, "Tensor | Deferred"]
 
 
 # What every block of a model has, or none.
@@ -42,18 +44,16 @@ class ModelState:
     preferred_resolution: tuple[int, int] | None = None
     vitdet_window_size: int | None = None
 
-    def spec(self) -> ViTSpec:
+    def spec(self) -> ViTSpec | ERADIOSpec:
         """The structure of the backbone.
 
         Raises:
             CheckpointError: a tensor is missing, or tensors and arguments contradict each other.
         """
-        if self.arch.startswith("eradio"):
-            raise CheckpointError(
-                f"{self.arch!r} is an E-RADIO checkpoint; this version of radio_fast runs the ViT models only"
-            )
         try:
             num_cls, num_registers, summary_idxs = self.layout or prefix_layout(self.args)
+            if is_eradio(self.arch):
+                return eradio_spec(self.arch, self.backbone, summary_idxs)
             stored = self.backbone.get("patch_generator.cls_token.token")
             if stored is not None:
                 if stored.ndim != 2 or stored.shape[0] < num_cls:
@@ -81,7 +81,7 @@ class ModelState:
 def missing_tensor(key: str) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint lacks the backbone tensor {key!r}: it would run on random numbers. The file is incomplete or "
-        f"not a RADIO ViT"
+        f"not a RADIO model"
     )
 
 
@@ -91,12 +91,19 @@ def missing_tensor(key: str) -> CheckpointError:
 _UNUSED = re.compile(r"^(mask_token$|head\.|patch_generator\.video_embedder\.)")
 
 
-def canonical_backbone(state: State) -> tuple[State, bool]:
+def canonical_backbone(state: Mapping[str, Tensor], arch: str) -> tuple[State, bool]:
     """Backbone tensors under this package's names, and whether they are a plain timm ViT's (no CPE).
 
     The DINOv2 student sits under `inner.`; LayerScale is `gamma` or `grandma`; a plain timm ViT has a convolution for
     the patches, and one position more, the cls token's, which is added to that token here.
     """
+    if is_eradio(arch):
+        try:
+            return canonical_eradio(state), False
+        except KeyError as error:
+            raise missing_tensor(str(error.args[0])) from None
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint's backbone makes no sense: {error}") from error
     out = {}
     for key, value in state.items():
         key = key.removeprefix("inner.").replace(".grandma", ".gamma")
@@ -201,8 +208,14 @@ def fill(
             )
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        copied = value.detach().to(device=device, dtype=dtype, copy=True).contiguous()
-        release(value)
+        stored = value.sources if isinstance(value, Deferred) else (value,)
+        value = value() if isinstance(value, Deferred) else value
+        layout = getattr(owner, "weight_format", None) if value.ndim == 4 else None
+        copied = value.detach().to(
+            device=device, dtype=dtype, copy=True, memory_format=layout or torch.contiguous_format
+        )
+        for tensor in stored:
+            release(tensor)
         if isinstance(empty, nn.Parameter):
             setattr(owner, leaf, nn.Parameter(copied, requires_grad=False))
         else:

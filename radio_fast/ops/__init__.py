@@ -5,21 +5,26 @@ Each takes `backend`: "reference" is plain PyTorch, the truth that every kernel 
 """
 
 from radio_fast.ops.attention import attention
+from radio_fast.ops.blend import blend
 from radio_fast.ops.linear import linear, ln_linear
 from radio_fast.ops.norm import add_layer_norm, add_norm_stats, dynamic_tanh, layer_norm, norm_stats
 from radio_fast.ops.patch_embed import patch_embed
 from radio_fast.ops.pos_embed import pos_embed, pos_embed_varlen
+from radio_fast.ops.window_attention import padded_bias, window_attention
 
 __all__ = [
     "add_layer_norm",
     "add_norm_stats",
     "attention",
+    "blend",
     "dynamic_tanh",
     "layer_norm",
     "linear",
     "ln_linear",
     "norm_stats",
+    "padded_bias",
     "patch_embed",
     "pos_embed",
     "pos_embed_varlen",
+    "window_attention",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
 
-ACTIVATIONS = (None, "gelu", "swiglu")
+ACTIVATIONS = (None, "gelu", "silu", "swiglu")
 
 
 def linear_ref(
@@ -22,6 +22,8 @@ def linear_ref(
     y = F.linear(x, weight, bias)
     if activation == "gelu":
         y = F.gelu(y)
+    elif activation == "silu":
+        y = F.silu(y)
     elif activation == "swiglu":
         a, b = y.chunk(2, dim=-1)
         y = F.silu(a) * b
@@ -77,7 +79,8 @@ def linear(
 
     Args:
         x: (..., K), any strides. weight: (M, K). bias: (M) or None.
-        activation: None; "gelu", the exact one, y·Φ(y) with erf; "swiglu": silu(a)·b of the halves (a, b) of y.
+        activation: None; "gelu", the exact one, y·Φ(y) with erf; "silu", y·σ(y); "swiglu", silu(a)·b of the halves
+            (a, b) of y.
         residual: (..., M') or None, M' = M, or M/2 for "swiglu". layer_scale: (M') or None.
 
     Returns:

@@ -116,7 +116,7 @@ def test_separate_qkv_names(separate, rng):
         for name, part in zip(separate.split(), parts, strict=True)
     }
     shuffled = dict(reversed(tensors.items()))
-    (key, fused), *rest = canonical_backbone(native_backbone(shuffled))[0].items()
+    (key, fused), *rest = canonical_backbone(native_backbone(shuffled), "radio")[0].items()
     assert not rest
     assert key == "blocks.0.attn.qkv.weight"
     assert torch.equal(fused, parts.flatten(0, 1))

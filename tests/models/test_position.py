@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from radio_fast.layers.patch_embed import PatchGenerator, PosCache
+from radio_fast.layers.cache import TensorCache
+from radio_fast.layers.patch_embed import PatchGenerator
 from radio_fast.ops import pos_embed
 
 R, D = 16, 5
@@ -70,7 +71,7 @@ def test_cache_under_autocast_keeps_full_precision(rng):
 
 
 def test_cache_is_bounded():
-    cache = PosCache(max_bytes=1000)
+    cache = TensorCache(max_bytes=1000)
     for i in range(20):
         cache.put((i,), torch.zeros(100))  # 400 bytes
         assert cache.bytes <= 1000

@@ -19,7 +19,7 @@ from radio_fast.kernels import configs
 from radio_fast.kernels import linear as kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ACTIVATIONS = (None, "gelu", "swiglu")
+ACTIVATIONS = (None, "gelu", "swiglu", "silu")
 
 
 @pytest.fixture
@@ -66,6 +66,8 @@ def truth_of(
         y = y + bias.double()
     if activation == "gelu":
         y = y * torch.special.ndtr(y)
+    elif activation == "silu":
+        y = y / (1 + torch.exp(-y))
     elif activation == "swiglu":
         N = y.shape[-1] // 2
         y = y[..., :N] * y[..., N:] / (1 + torch.exp(-y[..., :N]))
@@ -115,7 +117,7 @@ SHAPES = (
 def test_linear_shapes(shape, dtype, sm, arch, device, guarded):
     arch(sm)
     B, tokens, K, N = shape
-    activation = ACTIVATIONS[tokens % 3]
+    activation = ACTIVATIONS[tokens % 4]
     x = outlier_input(B, tokens, K, dtype=dtype, seed=tokens, device=device)
     weight, bias = parameters(K, columns_of(activation, N), dtype, device)
     check(x, weight, bias, activation)
@@ -127,7 +129,7 @@ def test_linear_shapes(shape, dtype, sm, arch, device, guarded):
 def test_ln_linear_shapes(shape, dtype, sm, arch, device, guarded):
     arch(sm)
     B, tokens, K, N = shape
-    activation = ACTIVATIONS[(tokens + 1) % 3]
+    activation = ACTIVATIONS[(tokens + 1) % 4]
     x = outlier_input(B, tokens, K, dtype=dtype, seed=tokens, device=device)
     weight, bias = parameters(K, columns_of(activation, N), dtype, device)
     check_norm(x, weight, bias, activation)

@@ -1,0 +1,46 @@
+"""A benchmark's JSON as a Markdown table beside it: the rivals' times of each case, and ours over the best of them.
+
+`python -m bench.table FILE.json`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def table(report: dict, title: str) -> str:
+    machine = report["machine_info"]
+    where = machine["gpu"] or f"{machine['cpu']['name']}, {machine['cpu']['cores']} cores"
+    cases = {result["name"].removeprefix("test_"): result["extra_info"] for result in report["benchmarks"]}
+    lines = [
+        f"# {title}",
+        "",
+        f"{where}, torch {machine['torch']}, commit {report['commit_info']['id'][:12]}; medians of interleaved rounds.",
+    ]
+    timed = {name: info for name, info in cases.items() if "times_ms" in info}
+    if timed:
+        rivals = list(dict.fromkeys(rival for info in timed.values() for rival in info["times_ms"]))
+        lines += ["", f"| case | {' | '.join(f'{r}, ms' for r in rivals)} | best rival / ours | TFLOP/s |"]
+        lines.append("|---" * (len(rivals) + 3) + "|")
+        for name, info in timed.items():
+            times = [f"{info['times_ms'][rival]:.4g}" if rival in info["times_ms"] else "" for rival in rivals]
+            ratio, rate = info["speedup_over_best_rival"], info["ours_tflops"]
+            lines.append(f"| {name} | {' | '.join(times)} | {ratio:.2f} | {rate:.3g} |")
+    measured = {name: info["memory"] for name, info in cases.items() if "memory" in info}
+    if measured:
+        rivals = list(next(iter(measured.values())))
+        lines += ["", f"| case | {' | '.join(f'{r}: weights, peak, MB' for r in rivals)} |"]
+        lines.append("|---" * (len(rivals) + 1) + "|")
+        for name, memory in measured.items():
+            cells = [f"{memory[r]['weights'] / 1e6:.0f}, {memory[r]['peak'] / 1e6:.0f}" for r in rivals]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    text = table(json.loads(path.read_text()), path.stem)
+    path.with_suffix(".md").write_text(text)
+    print(text)

@@ -1,0 +1,55 @@
+"""The mean of two feature maps, one of them perhaps still at half the size with four positions in its channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+
+
+def pixel_shuffle(x: Tensor) -> Tensor:
+    """(B, h, w, 2·2·C), channels ordered (row, column, C) → (B, 2h, 2w, C)."""
+    B, h, w, width = x.shape
+    return x.view(B, h, w, 2, 2, width // 4).transpose(2, 3).reshape(B, 2 * h, 2 * w, width // 4)
+
+
+def blend_ref(x: Tensor, skip: Tensor) -> Tensor:
+    return torch.lerp(x if x.shape == skip.shape else pixel_shuffle(x), skip, 0.5)
+
+
+def blend(x: Tensor, skip: Tensor, *, backend: str = "auto") -> Tensor:
+    """0.5·x + 0.5·skip.
+
+    Args:
+        x: (B, H, W, C), or (B, H/2, W/2, 4·C): its channels are then 2 × 2 positions, ordered (row, column, C), as a
+            transposed convolution of kernel and stride 2, done as a linear layer, leaves them.
+        skip: (B, H, W, C). Both any strides.
+
+    Returns:
+        (B, H, W, C), contiguous, in x's dtype; float32 arithmetic.
+
+    Raises:
+        ValueError: the shapes are neither, or the backend asked for can't run.
+    """
+    B, H, W, C = skip.shape if skip.ndim == 4 else 4 * (-1,)
+    if x.shape != skip.shape and (H % 2 or W % 2 or x.shape != (B, H // 2, W // 2, 4 * C)):
+        raise ValueError(
+            f"x and skip must have shapes (B, H, W, C) both, or (B, H/2, W/2, 4·C) and (B, H, W, C), "
+            f"got {tuple(x.shape)} and {tuple(skip.shape)}"
+        )
+    if choose("blend", backend, x, skip, needs_dot=False, limit=limit_of(x, skip=skip)) == "triton":
+        return torch.ops.radio_fast.blend(x, skip)
+    return blend_ref(x, skip)
+
+
+# -- operator --------------------------------------------------------------------------------------------------
+
+
+def _kernel(x: Tensor, skip: Tensor) -> Tensor:
+    from radio_fast.kernels import blend
+
+    return blend.blend(x, skip, sm_of(x.device))
+
+
+register("blend", "(Tensor x, Tensor skip) -> Tensor", lambda x, skip: skip.new_empty(skip.shape), _kernel)
