@@ -171,6 +171,7 @@ def test_interrupted_embed_keeps_what_is_done(photos, tmp_path):
         except OSError:
             time.sleep(0.1)
     assert writer is not None, "the third image was never opened"
+    time.sleep(1)  # a signal between opening and reading would not wake the read: Python looks at it afterwards
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     os.close(writer)
