@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command on a machine with a GPU: correctness of every kernel on the device, then the benchmarks.
-# Writes into $OUT (or bench/results/gpu): environment, test log, benchmark JSON. Nothing is installed.
+# Writes into $OUT (or bench/results/gpu): environment, test log, benchmark JSON and tables. Nothing is installed.
 #   bash bench/gpu.sh              everything
 #   bash bench/gpu.sh tests        correctness only
 #   bash bench/gpu.sh bench        benchmarks only
@@ -22,13 +22,14 @@ cat "$out/doctor.txt"
 git rev-parse HEAD >"$out/commit.txt" 2>/dev/null || true
 
 if [ "$what" != bench ]; then
-    timeout 240 python3 -m pytest tests/ops tests/models/test_triton.py tests/models/test_golden.py -q \
-        2>&1 | tee "$out/tests.txt" || failed=1
+    timeout 240 python3 -m pytest tests/ops tests/models/test_{triton,golden,eradio}.py -q 2>&1 | tee "$out/tests.txt" || failed=1
 fi
 if [ "$what" != tests ]; then
-    for op in attention linear norm patch_embed; do # a file of results each: one that runs out of time loses only its own
+    # A file of results each: one that runs out of time loses only its own.
+    for op in attention linear norm patch_embed window_attention eradio; do
         timeout 150 python3 -m pytest "bench/bench_$op.py" -o python_files='bench_*.py' -q \
             --benchmark-json="$out/$op.json" 2>&1 | tee "$out/bench_$op.txt" || failed=1
+        [ ! -s "$out/$op.json" ] || python3 -m bench.table "$out/$op.json" || failed=1
     done
 fi
 exit $failed

@@ -211,8 +211,10 @@ def fill(
         stored = value.sources if isinstance(value, Deferred) else (value,)
         value = value() if isinstance(value, Deferred) else value
         layout = getattr(owner, "weight_format", None) if value.ndim == 4 else None
+        # What folding has made is no one else's: copied again, the largest weight would exist three times.
+        shared = any(value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in stored)
         copied = value.detach().to(
-            device=device, dtype=dtype, copy=True, memory_format=layout or torch.contiguous_format
+            device=device, dtype=dtype, copy=shared, memory_format=layout or torch.contiguous_format
         )
         for tensor in stored:
             release(tensor)

@@ -25,6 +25,7 @@ def flatten(output, name: str = "out") -> Iterator[tuple[str, torch.Tensor]]:
         yield from flatten(value, f"{name}.{key}")
 
 
+@pytest.mark.filterwarnings("ignore:attention windows")
 @pytest.mark.parametrize(("case", "number", "call"), golden_calls())
 def test_golden(case, number, call):
     stored = load_file(GOLDEN / case / "io.safetensors")
