@@ -22,8 +22,8 @@ from pathlib import Path
 
 from radio_fast.arch import ARCHS
 
-MODULES = ("attention", "layer_norm", "linear", "patch_embed", "pos_embed")
-ROW_WISE = ("layer_norm", "pos_embed")
+MODULES = ("attention", "blend", "layer_norm", "linear", "patch_embed", "pos_embed", "window_attention")
+ROW_WISE = ("blend", "layer_norm", "pos_embed")
 TARGETS = (80, 86, 89, 90, 100, 120)
 OLD_TARGETS = (70, 75)  # row-wise kernels only: Triton's dot has no tensor cores there
 REGISTERS_PER_SM = 65536

@@ -265,3 +265,45 @@ def patch_embed_config(
         block_rows //= 2
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_P": block_p, "BLOCK_ROWS": block_rows}
     return tiles | {"num_warps": num_warps, "num_stages": num_stages}
+
+
+# -- window_attention ------------------------------------------------------------------------------------------
+
+WINDOW_ATTENTION = (  # sms, bytes, head dim up to: BLOCK_M, BLOCK_N, warps, stages
+    # At head dim 96 two programs share 100 KB, three Hopper's 228. With 128 queries one 512² image, 64 programs in its
+    # last level, would leave more of a GPU idle; what they save, K and V read again, is in L2.
+    ((*SM_8X, *SM_9X, *SM_10X, *SM_12X), 2, 128, (64, 64, 4, 2)),
+    # float32 keeps q twice in registers, rounded to TF32 and the rest, beside the bias: larger blocks spill
+    (SM_9X, 4, 80, (64, 16, 4, 2)),
+    (SM_10X, 4, 96, (64, 16, 8, 2)),
+    ((*SM_8X, *SM_12X), 4, 32, (64, 32, 4, 2)),
+    (LARGE_8X, 4, 64, (64, 16, 4, 2)),
+    (LARGE_8X, 4, 80, (32, 16, 4, 2)),
+    ((*SMALL_8X, *SM_12X), 4, 80, (64, 16, 4, 2)),
+    ((*SM_8X, *SM_12X), 4, 96, (16, 32, 2, 2)),
+    ((*SM_8X, *SM_9X, *SM_10X, *SM_12X), 4, 128, (16, 32, 4, 2)),
+)
+
+
+def window_attention_config(sm: int, dtype_bytes: int, head_dim: int, window: int) -> dict[str, int]:
+    """Tiles of at most 64 queries and keys: 49 and 64 are one block. A window of up to 5 × 5 takes a tile that fits it.
+
+    Such a tile has a warp for each 16 queries: tensor cores take no fewer, and with more the warps repeat each other.
+    """
+    fits = max(16, 1 << (window**2 - 1).bit_length())
+    for sms, size, up_to_dim, (block_m, block_n, num_warps, num_stages) in WINDOW_ATTENTION:
+        if sm in sms and dtype_bytes == size and head_dim <= up_to_dim:
+            if fits < block_m:
+                block_m, num_warps = fits, fits // 16
+            tiles = {"BLOCK_M": block_m, "BLOCK_N": min(block_n, fits)}
+            return tiles | {"num_warps": num_warps, "num_stages": num_stages}
+    raise ValueError(f"window_attention has no kernel for sm_{sm} and head dim {head_dim}")
+
+
+# -- blend -----------------------------------------------------------------------------------------------------
+
+
+def blend_config(sm: int, dtype_bytes: int, C: int) -> dict[str, int]:
+    """Memory-bound: 16 values a thread. 256 channels at most, so that any width leaves few threads idle."""
+    block_d = min(256, max(16, 1 << (C - 1).bit_length()))
+    return {"BLOCK_M": min(64, 2048 // block_d), "BLOCK_D": block_d, "num_warps": 4}

@@ -34,8 +34,12 @@ def test_no_spills_no_overflow_and_tensor_cores(rows):
 @pytest.mark.parametrize("sm", TARGETS + OLD_TARGETS)
 def test_every_module_is_compiled(rows, sm):
     per_op = {row["op"] for row in rows if row["sm"] == sm}
-    row_wise = {"layer_norm", "add_layer_norm", "norm_stats", "add_norm_stats", "pos_embed"}
-    expected = row_wise if sm in OLD_TARGETS else row_wise | {"attention", "linear", "ln_linear", "patch_embed"}
+    row_wise = {"blend", "layer_norm", "add_layer_norm", "norm_stats", "add_norm_stats", "pos_embed"}
+    expected = (
+        row_wise
+        if sm in OLD_TARGETS
+        else row_wise | {"attention", "linear", "ln_linear", "patch_embed", "window_attention"}
+    )
     assert expected <= per_op, f"sm_{sm} lacks {expected - per_op}"
     assert set(ROW_WISE) < set(MODULES)
 

@@ -14,7 +14,7 @@ from radio_fast.arch import ARCHS
 from radio_fast.kernels import attention as kernels
 from radio_fast.kernels.configs import attention_config
 from radio_fast.ops.attention import attention_ref
-from tests.conftest import outlier_input
+from tests.conftest import outlier_input, qkv_like
 from tests.numerics import assert_within
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,13 +59,6 @@ def check(qkv: Tensor, heads: int, lengths: list[int] | None = None, window=None
     same_dtype = ops.attention(qkv, heads, cu_seqlens, window=window, backend="reference")
     assert actual.is_contiguous()
     assert_within(actual, attention_truth(qkv, heads, lengths, window), same_dtype)
-
-
-def qkv_like(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """Outliers in a few channels of q and k would make every softmax one-hot: they are cut to 4."""
-    x = outlier_input(*shape, dtype=dtype, seed=seed, device=device)
-    x[..., : 2 * shape[-1] // 3].clamp_(-4, 4)
-    return x
 
 
 LENGTHS = (1, 7, 113, 203, 257)  # odd ones, over every way to cut a short row of keys
@@ -178,23 +171,6 @@ def test_windows_of_strided_tokens(window, device, guarded):
     qkv = qkv_like(2, h * w, 3 * 72, dtype=torch.float16, device=device)
     check(strided(qkv, "wider"), 1, window=window)
     check(strided(qkv, "tokens first"), 1, window=window)
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """For every load of floating-point values in the interpreter, whether there was a NaN, even one masked later."""
-    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
-    load = builder.create_masked_load
-    found = []
-
-    def watched(self, ptrs, mask, *args):
-        loaded = load(self, ptrs, mask, *args)
-        if loaded.data.dtype.kind == "f":
-            found.append(bool(((loaded.data != loaded.data) & mask.data).any()))
-        return loaded
-
-    monkeypatch.setattr(builder, "create_masked_load", watched)
-    return found
 
 
 @pytest.mark.parametrize("N", (1, 80, 203, LONG))

@@ -41,10 +41,10 @@ def test_triton_multiplies_matrices_only_with_tensor_cores(gpu, sm):
     """On sm_70 to 75 Triton's dot is done by FMAs: "auto" must never take a matmul or attention kernel there."""
     gpu(sm)
     tensor = Anywhere(CUDA)
-    for op in ("linear", "ln_linear", "attention", "patch_embed"):
+    for op in ("linear", "ln_linear", "attention", "window_attention", "patch_embed"):
         expected = "triton" if sm >= 80 else "reference"
         assert _dispatch.choose(op, "auto", tensor, needs_dot=True) == expected
-    for op in ("layer_norm", "pos_embed"):
+    for op in ("layer_norm", "pos_embed", "blend"):
         assert _dispatch.choose(op, "auto", tensor, needs_dot=False) == "triton"
     if sm < 80:
         with pytest.raises(ValueError, match=f"linear can't run here: Triton has no tensor cores on sm_{sm}"):
@@ -66,7 +66,7 @@ def test_every_matmul_op_says_so(gpu, monkeypatch):
         asked[op] = needs_dot
         return "reference"
 
-    for module in ("attention", "linear", "norm", "patch_embed", "pos_embed"):
+    for module in ("attention", "blend", "linear", "norm", "patch_embed", "pos_embed", "window_attention"):
         monkeypatch.setattr(importlib.import_module(f"radio_fast.ops.{module}"), "choose", record)
     x, w = torch.zeros(2, 48), torch.zeros(48, 48)
     one, zero = torch.ones(48), torch.zeros(2)
@@ -79,9 +79,11 @@ def test_every_matmul_op_says_so(gpu, monkeypatch):
     ops.add_norm_stats(x, x, None, 1e-6)
     ops.pos_embed(torch.zeros(16, 8), 2, 3)
     ops.patch_embed(torch.zeros(1, 3, 4, 4), torch.zeros(48, 12), None, torch.zeros(4, 48), torch.zeros(1, 48), 2)
-    dots = {"linear", "ln_linear", "attention", "patch_embed"}
+    ops.window_attention(torch.zeros(1, 2, 2, 48), 1, 2)
+    ops.blend(torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2, 8))
+    dots = {"linear", "ln_linear", "attention", "window_attention", "patch_embed"}
     assert {op for op, needs_dot in asked.items() if needs_dot} == dots
-    assert set(asked) == dots | {"layer_norm", "add_layer_norm", "norm_stats", "add_norm_stats", "pos_embed"}
+    assert set(asked) == dots | {"layer_norm", "add_layer_norm", "norm_stats", "add_norm_stats", "pos_embed", "blend"}
 
 
 def test_environment_replaces_auto_only(monkeypatch):

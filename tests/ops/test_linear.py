@@ -327,7 +327,7 @@ BAD = {
     r"layer_scale must have shape \(3,\), got \(6,\)": (X, W, B, "swiglu", None, B),
     "layer_scale is torch.bfloat16": (X, W, B, None, None, B.bfloat16()),
     "bias is on meta, expected cpu": (X, W, B.to("meta")),
-    "activation must be one of None, 'gelu', 'swiglu', got 'relu'": (X, W, B, "relu"),
+    "activation must be one of None, 'gelu', 'silu', 'swiglu', got 'relu'": (X, W, B, "relu"),
     "no backward": (X.float().requires_grad_(), W.float(), B.float()),
 }
 
