@@ -21,6 +21,7 @@ from radio_fast.models.adaptors import Adaptor, build_head, canonical_head
 from radio_fast.models.backbone import Backbone
 from radio_fast.models.eradio import ERADIO
 from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
+from radio_fast.models.eradio_weights import is_eradio
 from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
 from radio_fast.models.registry import Version, ViTDet, find_version, unknown_version
 from radio_fast.models.spec import ViTSpec, spec_of_version
@@ -106,7 +107,8 @@ def load(
         if source.is_dir():
             state, content = hf.read_folder(source)
             row = row or (find_version(state.version) if state.version else None)
-            window = state.vitdet_window_size if window is None else window
+            if window is None and not is_eradio(state.arch, state.backbone):
+                window = state.vitdet_window_size
         else:
             content = read_checkpoint(source)
             state = state_of_checkpoint(content)

@@ -156,6 +156,9 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+MAX_EXPANDED = 1 << 24  # values of a tensor that repeats itself; torch saves such ones small, here they take memory
+
+
 class MappedRange:
     """The memory a checkpoint file is mapped to, so that pages already copied can be given back.
 
@@ -280,6 +283,8 @@ def state_of_checkpoint(content: Mapping[str, Any]) -> ModelState:
             raise CheckpointError(f"the checkpoint's {key} must be a tensor, got {type(value).__name__}")
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise CheckpointError(f"the checkpoint's {key} must be a plain dense tensor with its data in the file")
+        if value.numel() > MAX_EXPANDED and value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise CheckpointError(f"the checkpoint's {key} claims {value.numel()} values, the file has fewer")
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +69,7 @@ def versions() -> None:
 def _file_facts(path: Path) -> dict[str, object]:
     state = hf.read_folder(path)[0] if path.is_dir() else state_of_checkpoint(read_checkpoint(path))
     spec = state.spec()
-    parameters = sum(t.numel() for t in state.backbone.values())
+    parameters = sum(t.numel() for name, t in state.backbone.items() if not name.endswith("relative_coords_table"))
     facts = {"arch": spec.arch, "parameters": f"{parameters / 1e6:.1f} M (backbone)", "embed_dim": spec.embed_dim}
     facts |= _eradio_facts(spec) if isinstance(spec, ERADIOSpec) else _vit_facts(spec)
     return facts | {
@@ -214,7 +215,7 @@ def embed(
         raise ValueError(f"no images in {', '.join(map(str, paths))}")
     names = [name for name in (adaptors or "").split(",") if name]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    window = int(window_size) if window_size and window_size.lstrip("-").isdecimal() else window_size
+    window = int(window_size) if window_size and re.fullmatch(r"-?\d{1,9}", window_size) else window_size
     model = radio_fast.load(
         version,
         checkpoint=checkpoint,

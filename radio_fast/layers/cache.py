@@ -7,36 +7,44 @@ from torch import Tensor
 
 
 class TensorCache:
-    """Tensors computed once per key, least recently used out first, at most `max_bytes` of them.
+    """Tensors computed from weights, one per key, least recently used out first, at most `max_bytes` of them.
 
-    A copied or unpickled model starts with an empty one.
+    A stamp says which state of the weights a tensor belongs to; one of another state is replaced. A copied or unpickled
+    model starts with an empty cache.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.bytes = 0
-        self.entries: OrderedDict[tuple, Tensor] = OrderedDict()
+        self.entries: OrderedDict[tuple, tuple[tuple, Tensor]] = OrderedDict()
         self.lock = threading.Lock()
 
     def __reduce__(self):
         return TensorCache, (self.max_bytes,)
 
-    def get(self, key: tuple) -> Tensor | None:
+    def get(self, key: tuple, stamp: tuple) -> Tensor | None:
         with self.lock:
-            if key in self.entries:
-                self.entries.move_to_end(key)
-            return self.entries.get(key)
+            found = self.entries.get(key)
+            if found is None or found[0] != stamp:
+                return None
+            self.entries.move_to_end(key)
+            return found[1]
 
-    def put(self, key: tuple, value: Tensor) -> None:
+    def put(self, key: tuple, stamp: tuple, value: Tensor) -> None:
         size = value.untyped_storage().nbytes()
         with self.lock:
-            if key in self.entries or size > self.max_bytes:
+            if key in self.entries:
+                self._drop(key)
+            if size > self.max_bytes:
                 return
-            self.entries[key] = value
+            self.entries[key] = stamp, value
             self.bytes += size
             while self.bytes > self.max_bytes:
-                _, old = self.entries.popitem(last=False)
-                self.bytes -= old.untyped_storage().nbytes()
+                self._drop(next(iter(self.entries)))
+
+    def _drop(self, key: tuple) -> None:
+        _, old = self.entries.pop(key)
+        self.bytes -= old.untyped_storage().nbytes()
 
     def clear(self) -> None:
         with self.lock:

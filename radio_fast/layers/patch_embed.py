@@ -62,12 +62,12 @@ class PatchGenerator(nn.Module):
         table = self.pos_embed
         if torch.compiler.is_compiling() or (table.requires_grad and torch.is_grad_enabled()) or table.is_inference():
             return ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend)
-        key = (h, w, table.data_ptr(), table._version, table.dtype, table.device)
-        pos = self._pos_cache.get(key)
+        key, stamp = (h, w, table.dtype, table.device), (table.data_ptr(), table._version)
+        pos = self._pos_cache.get(key, stamp)
         if pos is None:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used under autograd
                 pos = ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend)
-            self._pos_cache.put(key, pos)
+            self._pos_cache.put(key, stamp, pos)
         return pos
 
     def forward(self, image: Tensor, conditioner: nn.Module | None = None) -> Tensor:

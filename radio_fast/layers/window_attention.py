@@ -57,7 +57,7 @@ class PositionBias(nn.Module):
         if window != self.built:
             table = coords_table(window, self.built).to(table.device)
         with torch.autocast(table.device.type, enabled=False):
-            hidden = F.relu(F.linear(table.float().view(-1, 2), first.weight.float(), first.bias.float()))
+            hidden = F.relu(F.linear(table.float().reshape(-1, 2), first.weight.float(), first.bias.float()))
             values = 16 * torch.sigmoid(F.linear(hidden, last.weight.float()))  # ((2k−1)², heads)
             values = (values - values.amax(0)).T
         bias = values[:, offset_index(window).to(table.device)].to(dtype)
@@ -65,18 +65,22 @@ class PositionBias(nn.Module):
         return ops.padded_bias(bias) if bias.device.type == "cuda" else bias.contiguous()
 
     def forward(self, window: int, dtype: torch.dtype) -> Tensor:
-        """(heads, k², k²) in `dtype`, computed once per window while the weights stay as they are."""
+        """(heads, k², k²) in `dtype`, computed once per window while the weights stay as they are.
+
+        Anew in every call while it is differentiated, or traced by torch.compile. Writes to a weight's `.data` are not
+        seen: torch does not count them as changes.
+        """
         first, last = self.cpb_mlp[0], self.cpb_mlp[2]
         sources = (self.relative_coords_table, first.weight, first.bias, last.weight)
         differentiable = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         if torch.compiler.is_compiling() or differentiable or any(source.is_inference() for source in sources):
             return self._compute(window, dtype)
-        key = (window, dtype, *((source.data_ptr(), source._version) for source in sources))
-        bias = self._cache.get(key)
+        stamp = tuple((source.data_ptr(), source._version) for source in sources)
+        bias = self._cache.get((window, dtype), stamp)
         if bias is None:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used under autograd
                 bias = self._compute(window, dtype)
-            self._cache.put(key, bias)
+            self._cache.put((window, dtype), stamp, bias)
         return bias
 
 

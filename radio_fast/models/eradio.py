@@ -1,12 +1,13 @@
 """The whole forward of E-RADIO: convolutions at high resolution, windowed attention at low, a neck over both.
 
 Maps are (B, H, W, C) throughout, torch's channels-last format: linear layers, norms, attention and convolutions all
-read them in place. BatchNorms are folded into the convolutions while loading (`eradio_spec.canonical_eradio`).
+read them in place. BatchNorms are folded into the convolutions while loading (`eradio_weights.canonical_eradio`).
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 
 import torch
@@ -188,8 +189,8 @@ class Level(nn.Module):
         self.downsample = Downsample(spec.downsample) if spec.downsample else None
 
     def step(self, window: int | None) -> int:
-        """What the sides of an attention level's map must be multiples of; 1 without attention."""
-        return (window or self.built_window) * self.sr_ratio or 1
+        """What the sides of an attention level's map must be multiples of."""
+        return (window or self.built_window) * self.sr_ratio
 
     def forward(self, x: Tensor, window: int | None) -> tuple[Tensor, Tensor | None]:
         """(this level's output, the next level's input)."""
@@ -219,7 +220,7 @@ class NeckProjection(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor | None) -> Tensor:
         x = repeat_positions(x, self.ratio)
-        if other is not None:  # an odd number of positions grew by one on its way down and up
+        if other is not None:  # an odd number of positions grew by one on its way down and up; it never shrinks
             x = x[:, : other.shape[1], : other.shape[2]]
         return self.conv2(self.conv1(x), other)
 
@@ -242,8 +243,7 @@ class ERADIO(Backbone):
     """Image (B, 3, H, W) → features (B, H/16 · W/16, F), row by row; H and W multiples of 32.
 
     The windows of the attention levels shape the result, so they stay as built (16 in the release) until
-    `set_optimal_window_size` or `change_window_size` is called. `attention_window` tells: None, as built; a number of
-    positions; or "optimal", for each image the window that `set_optimal_window_size` would set for its size.
+    `set_optimal_window_size`, `change_window_size` or `follow_image_size` is called; `attention_window` tells.
     """
 
     summary_tokens = (0,)
@@ -256,29 +256,40 @@ class ERADIO(Backbone):
         self.patch_embed = Stem(spec.stem)
         self.levels = nn.ModuleList(Level(level) for level in spec.levels)
         self.high_res_neck = Neck(spec.neck_dims, spec.embed_dim)
-        self.attention_window: int | str | None = None
+        self._window: int | str | None = None
         self._steps: dict[int | None, int] = {}  # by window: what images' sides must be multiples of not to be resized
         self._warned: set[int | None] = set()
 
     # -- windows ----------------------------------------------------------------------------------------------------
 
+    @property
+    def attention_window(self) -> int | str | None:
+        """The windows asked for: None, as built; a number of positions; or "optimal"."""
+        return self._window
+
     def change_window_size(self, window_size: int) -> None:
         """Attend inside windows of this many positions a side, 1…32, in all attention levels."""
-        if isinstance(window_size, bool) or not isinstance(window_size, int) or not 1 <= window_size <= MAX_WINDOW:
+        if isinstance(window_size, bool) or not hasattr(window_size, "__index__") or not 1 <= window_size <= MAX_WINDOW:
             raise ValueError(f"window_size must be a number of positions in 1…{MAX_WINDOW}, got {window_size!r}")
-        self.attention_window = window_size
+        self._window = int(window_size)
 
     def set_optimal_window_size(self, image_dim: tuple[int, int]) -> None:
-        """Take the window that suits images of (height, width) pixels: the largest divisor, up to 16, of the last
-        level's shorter side."""
-        self.attention_window = optimal_window(*image_dim)
+        """Take the window that suits images of (height, width) pixels.
+
+        It is the largest divisor, up to 16, of n = min(height, width) // 32, the last level's shorter side.
+        """
+        try:
+            height, width = (operator.index(side) for side in image_dim)
+        except (TypeError, ValueError):
+            raise ValueError(f"image_dim must be (height, width) in pixels, got {image_dim!r}") from None
+        self._window = optimal_window(height, width)
 
     def follow_image_size(self) -> None:
         """From now on, for each image the window that `set_optimal_window_size` would set for its size."""
-        self.attention_window = "optimal"
+        self._window = "optimal"
 
     def _window_for(self, H: int, W: int) -> int | None:
-        window = optimal_window(H, W) if self.attention_window == "optimal" else self.attention_window
+        window = optimal_window(H, W) if self._window == "optimal" else self._window
         if window not in self._warned and not torch.compiler.is_compiling():
             if window not in self._steps:
                 self._steps[window] = self._image_step(window)
@@ -297,10 +308,12 @@ class ERADIO(Backbone):
         shown = window or max(level.built_window for level in self.levels)
         near = " × ".join(str(max(round(side / step), 1) * step) for side in (H, W))
         fitting = (k for k in range(LARGEST_OPTIMAL, 0, -1) if math.gcd(H, W) % self._image_step(k) == 0)
-        instead = "".join(f"model.model.change_window_size({k}) would fit this image, " for k in [*fitting][:1])
+        instead = "".join(
+            f"a window of {k} (model.model.change_window_size) would fit this one; " for k in [*fitting][:1]
+        )
         warnings.warn(
             f"attention windows of {shown} × {shown} don't fit the maps of a {H} × {W} image: they are resized to what "
-            f"does, and back, which takes time and blurs. {instead}this window would fit images of {near}",
+            f"does, and back, which takes time and blurs. {instead}images of {near} would need no resizing",
             stacklevel=9,  # the call of the model
         )
 
@@ -335,10 +348,9 @@ def optimal_window(height: int, width: int) -> int:
     """The largest divisor, up to 16, of min(height, width) / 32.
 
     Raises:
-        ValueError: not the size of an image that E-RADIO takes.
+        ValueError: no image that E-RADIO takes is so small.
     """
-    sides = (height, width)
-    if not all(isinstance(side, int) and side >= STEP and side % STEP == 0 for side in sides):
-        raise ValueError(f"image sizes must be multiples of {STEP} pixels, (height, width), got {sides}")
-    n = min(sides) // STEP
+    n = min(height, width) // STEP
+    if n < 1:
+        raise ValueError(f"image sides must be {STEP} pixels or more, got {height} × {width}")
     return next(k for k in range(LARGEST_OPTIMAL, 0, -1) if n % k == 0)

@@ -1,23 +1,17 @@
-"""What an E-RADIO checkpoint's tensors say about its structure, and how they are renamed and folded."""
+"""What an E-RADIO checkpoint's tensors say about its structure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from radio_fast.models.deferred import Deferred
 from radio_fast.ops.window_attention import MAX_WINDOW
 
 State = dict[str, "Tensor | Deferred"]
-BN_EPS = 1e-5
-
-
-def is_eradio(arch: str) -> bool:
-    return arch.startswith("eradio")
+MAX_DEPTH = 16  # parts of a name that are looked at; E-RADIO's have 10
 
 
 @dataclass(frozen=True)
@@ -88,46 +82,80 @@ class ERADIOSpec:
 # -- from tensors ---------------------------------------------------------------------------------------------
 
 
-def _children(state: Mapping[str, object], prefix: str) -> int:
-    """How many modules are numbered under `prefix`.
+class Tree:
+    """A backbone's tensors by the modules they belong to: each key is looked at once, however many there are."""
 
-    Raises:
-        KeyError: a number is left out.
-    """
-    numbers = {int(m[1]) for key in state if (m := re.match(rf"{re.escape(prefix)}(\d{{1,9}})\.", key))}
-    for expected, number in enumerate(sorted(numbers)):
-        if number != expected:
-            raise KeyError(f"{prefix}{expected}.")
-    return len(numbers)
+    def __init__(self, state: State):
+        self.state = state
+        self.leaves: dict[str, set[str]] = {}  # module: what lies below it
+        self.numbers: dict[str, set[int]] = {}  # module: the numbered ones directly below it
+        for key in state:
+            parts = key.split(".")[:MAX_DEPTH]
+            for depth in range(1, len(parts)):
+                module = ".".join(parts[:depth])
+                self.leaves.setdefault(module, set()).add(key[len(module) + 1 :])
+                if re.fullmatch(r"\d{1,9}", parts[depth]):
+                    self.numbers.setdefault(module, set()).add(int(parts[depth]))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.state
+
+    def children(self, module: str) -> int:
+        """How many modules are numbered under it.
+
+        Raises:
+            KeyError: a number is left out.
+        """
+        numbers = self.numbers.get(module, set())
+        for expected, number in enumerate(sorted(numbers)):
+            if number != expected:
+                raise KeyError(f"{module}.{expected}.*")
+        return len(numbers)
+
+    def shape(self, key: str, ndim: int) -> tuple[int, ...]:
+        if key not in self.state:
+            raise KeyError(key)
+        shape = tuple(self.state[key].shape)
+        if len(shape) != ndim or 0 in shape:
+            raise ValueError(f"{key} must have {ndim} dimensions and no empty one, got shape {shape}")
+        return shape
+
+    def alike(self, modules: list[str]) -> None:
+        """All of the modules have the same tensors, of which none may be missing in one.
+
+        Raises:
+            KeyError: one is.
+        """
+        everything = set().union(*(self.leaves.get(module, set()) for module in modules))
+        for module in modules:
+            for leaf in sorted(everything - self.leaves.get(module, set())):
+                raise KeyError(f"{module}.{leaf}")
 
 
-def _shape(state: State, key: str, ndim: int) -> tuple[int, ...]:
-    if key not in state:
-        raise KeyError(key)
-    shape = tuple(state[key].shape)
-    if len(shape) != ndim or 0 in shape:
-        raise ValueError(f"{key} must have {ndim} dimensions and no empty one, got shape {shape}")
-    return shape
-
-
-def _conv(state: State, name: str, channels: int, stride: int = 1, shuffle: int = 1) -> ConvSpec:
-    """The convolution `name` on a map of `channels`, of which `shuffle`² times as many come out of its shuffling."""
-    out, per_group, kernel, other = _shape(state, f"{name}.weight", 4)
+def _conv(tree: Tree, name: str, channels: int, stride: int = 1, shuffle: int = 1, out: int | None = None) -> ConvSpec:
+    """The convolution `name` on a map of `channels`, `shuffle`² times as many after its shuffling, to `out` of them."""
+    rows, per_group, kernel, other = tree.shape(f"{name}.weight", 4)
     channels *= shuffle**2
     if kernel != other or kernel % 2 == 0:
         raise ValueError(f"{name}.weight must have a square kernel with an odd side, got {kernel} × {other}")
-    if channels % per_group or out % (channels // per_group):
-        raise ValueError(f"{name}.weight, {(out, per_group, kernel, other)}, does not fit a map of {channels} channels")
-    return ConvSpec(channels, out, kernel, stride, channels // per_group, shuffle)
+    if channels % per_group or rows % (channels // per_group):
+        raise ValueError(
+            f"{name}.weight, {(rows, per_group, kernel, other)}, does not fit a map of {channels} channels"
+        )
+    if out is not None and rows != out:
+        raise ValueError(f"{name}.weight must give the {out} channels it is added to, got {rows}")
+    if f"{name}.bias" not in tree:
+        raise KeyError(f"{name}.bias")
+    return ConvSpec(channels, rows, kernel, stride, channels // per_group, shuffle)
 
 
-def _stem(state: State) -> tuple[ConvSpec, ...]:
+def _stem(tree: Tree) -> tuple[ConvSpec, ...]:
     """Convolutions that divide the image's sides by 4, together with the shuffling that the first one's width shows."""
-    pattern = re.compile(r"patch_embed\.conv_down\.(\d{1,9})\.weight$")
-    names = sorted(int(m[1]) for key in state if (m := pattern.match(key)))
+    stem = "patch_embed.conv_down"
+    names = sorted(number for number in tree.numbers.get(stem, ()) if f"{stem}.{number}.weight" in tree)
     if not names:
-        raise KeyError("patch_embed.conv_down.0.weight")
-    inputs = _shape(state, f"patch_embed.conv_down.{names[0]}.weight", 4)[1]
+        raise KeyError(f"{stem}.0.conv.weight")
+    inputs = tree.shape(f"{stem}.{names[0]}.weight", 4)[1]
     shuffle = {3: 1, 12: 2, 48: 4}.get(inputs)
     if shuffle is None:
         raise ValueError(f"the stem's first convolution must take 3, 12 or 48 channels, got {inputs}")
@@ -135,32 +163,29 @@ def _stem(state: State) -> tuple[ConvSpec, ...]:
     for name in names:
         stride = min(left, 2)
         left //= stride
-        convs.append(_conv(state, f"patch_embed.conv_down.{name}", channels, stride, 1 if convs else shuffle))
+        convs.append(_conv(tree, f"{stem}.{name}", channels, stride, 1 if convs else shuffle))
         channels = convs[-1].out_channels
     if left > 1:
         raise ValueError(f"the stem must divide the image's sides by 4, its {len(names)} convolutions can't")
     return tuple(convs)
 
 
-def _attention(state: State, name: str, dim: int) -> AttentionSpec:
-    side = _shape(state, f"{name}.attn.pos_emb_funct.relative_coords_table", 4)[1]
-    heads, _ = _shape(state, f"{name}.attn.pos_emb_funct.cpb_mlp.2.weight", 2)
-    _, hidden = _shape(state, f"{name}.mlp.fc2.weight", 2)
-    expanded, _ = _shape(state, f"{name}.mlp.fc1.weight", 2)
+def _attention(tree: Tree, name: str, dim: int) -> AttentionSpec:
+    side = tree.shape(f"{name}.attn.pos_emb_funct.relative_coords_table", 4)[1]
+    heads, _ = tree.shape(f"{name}.attn.pos_emb_funct.cpb_mlp.2.weight", 2)
+    _, hidden = tree.shape(f"{name}.mlp.fc2.weight", 2)
+    expanded, _ = tree.shape(f"{name}.mlp.fc1.weight", 2)
     window = (side + 1) // 2
     if window > MAX_WINDOW or dim % heads:
         raise ValueError(
             f"{name}: windows may have 1…{MAX_WINDOW} positions a side and heads must divide the width, "
             f"got {window}, and {heads} heads for {dim} channels"
         )
-    pool = f"{name}.downsample_mixer.weight" in state
-    conv_base = f"{name}.downsample_op.weight" in state
+    down, up = (f"{name}.downsample_{{}}.weight", f"{name}.upsample_{{}}.weight")
+    conv_base, pool = (down.format(kind) in tree or up.format(kind) in tree for kind in ("op", "mixer"))
     pre_conv = None
-    if f"{name}.pre_conv.weight" in state and not (pool or conv_base):
-        per_group = _shape(state, f"{name}.pre_conv.weight", 4)[1]
-        pre_conv = _conv(state, f"{name}.pre_conv", dim)
-        if dim % per_group:
-            raise ValueError(f"{name}.pre_conv.weight takes {per_group} channels a group, which don't divide {dim}")
+    if f"{name}.pre_conv.weight" in tree and not (pool or conv_base):
+        pre_conv = _conv(tree, f"{name}.pre_conv", dim, out=dim)
     return AttentionSpec(
         dim=dim,
         num_heads=heads,
@@ -170,72 +195,88 @@ def _attention(state: State, name: str, dim: int) -> AttentionSpec:
         conv_base=conv_base,
         pre_conv=pre_conv,
         swiglu=expanded == 2 * hidden,
-        layer_scale=f"{name}.ls1.gamma" in state,
-        qkv_bias=f"{name}.attn.qkv.bias" in state,
-        proj_bias=f"{name}.attn.proj.bias" in state,
-        mlp_bias=(f"{name}.mlp.fc1.bias" in state, f"{name}.mlp.fc2.bias" in state),
+        layer_scale=any(f"{name}.ls{i}.gamma" in tree for i in (1, 2)),
+        qkv_bias=f"{name}.attn.qkv.bias" in tree,
+        proj_bias=f"{name}.attn.proj.bias" in tree,
+        mlp_bias=(f"{name}.mlp.fc1.bias" in tree, f"{name}.mlp.fc2.bias" in tree),
     )
 
 
-def _level(state: State, name: str, dim: int) -> LevelSpec:
+def _level(tree: Tree, name: str, dim: int, last: bool) -> LevelSpec:
     blocks = f"{name}.blocks"
     c2f, width, convs, chains = [], 0, [], []
-    if f"{blocks}.cv1.weight" in state:
-        width, odd = divmod(_shape(state, f"{blocks}.cv1.weight", 2)[0], 2)
+    if f"{blocks}.cv1.weight" in tree:
+        width, odd = divmod(tree.shape(f"{blocks}.cv1.weight", 2)[0], 2)
         if odd:
             raise ValueError(f"{blocks}.cv1.weight must have an even number of rows, it is split in halves")
-        for i in range(_children(state, f"{blocks}.m.")):
-            first = _conv(state, f"{blocks}.m.{i}.cv1", width)
-            c2f.append((first, _conv(state, f"{blocks}.m.{i}.cv2", first.out_channels)))
+        for i in range(tree.children(f"{blocks}.m")):
+            first = _conv(tree, f"{blocks}.m.{i}.cv1", width)
+            c2f.append((first, _conv(tree, f"{blocks}.m.{i}.cv2", first.out_channels, out=width)))
     else:
-        for i in range(_children(state, f"{blocks}.")):
-            block = f"{blocks}.{i}"
-            if f"{block}.conv1.weight" in state:
-                first = _conv(state, f"{block}.conv1", dim)
-                convs.append((first, _conv(state, f"{block}.conv2", first.out_channels)))
+        names = [f"{blocks}.{i}" for i in range(tree.children(blocks))]
+        if not names:
+            raise KeyError(f"{blocks}.0.*")
+        tree.alike(names)
+        for block in names:
+            if f"{block}.conv1.weight" in tree:
+                first = _conv(tree, f"{block}.conv1", dim)
+                convs.append((first, _conv(tree, f"{block}.conv2", first.out_channels, out=dim)))
             else:
-                count = _children(state, f"{block}.attention_blocks.")
+                count = tree.children(f"{block}.attention_blocks")
                 if not count:
-                    raise KeyError(f"{block}.attention_blocks.0.attn.qkv.weight")
-                chains.append(tuple(_attention(state, f"{block}.attention_blocks.{j}", dim) for j in range(count)))
-        if bool(convs) == bool(chains):
-            raise KeyError(f"{blocks}.0.attention_blocks.0.attn.qkv.weight")
+                    raise KeyError(f"{block}.attention_blocks.0.*")
+                chains.append(tuple(_attention(tree, f"{block}.attention_blocks.{j}", dim) for j in range(count)))
     downsample = None
-    if f"{name}.downsample.reduction.weight" in state:
-        inputs = _shape(state, f"{name}.downsample.reduction.weight", 4)[1]
+    if f"{name}.downsample.reduction.weight" in tree and not last:
+        inputs = tree.shape(f"{name}.downsample.reduction.weight", 4)[1]
         shuffle = 2 if inputs == 4 * dim else 1
-        downsample = _conv(state, f"{name}.downsample.reduction", dim, 2 // shuffle, shuffle)
+        downsample = _conv(tree, f"{name}.downsample.reduction", dim, 2 // shuffle, shuffle)
     return LevelSpec(dim, tuple(c2f), tuple(convs), tuple(chains), width, downsample)
+
+
+# What every attention block of a model has, or none.
+_ALL_OR_NONE = ("attn.qkv.bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias", "ls1.gamma", "ls2.gamma")
 
 
 def eradio_spec(arch: str, state: State, summary_idxs: tuple[int, ...]) -> ERADIOSpec:
     """Read the structure off a backbone's tensors (in this package's names).
 
     Raises:
-        KeyError: a tensor that every E-RADIO has is missing; its name is the error's argument.
+        KeyError: a tensor that every E-RADIO has is missing, or one that its siblings have; its name is the error's
+            argument.
         ValueError: the tensors contradict each other.
     """
-    stem = _stem(state)
+    tree = Tree(state)
+    stem = _stem(tree)
     levels: list[LevelSpec] = []
     dim = stem[-1].out_channels
-    count = _children(state, "levels.")
+    count = tree.children("levels")
     for i in range(count):
-        levels.append(_level(state, f"levels.{i}", dim))
+        levels.append(_level(tree, f"levels.{i}", dim, last=i + 1 == count))
         downsample = levels[-1].downsample
         if downsample is None and i + 1 < count:
-            raise KeyError(f"levels.{i}.downsample.reduction.weight")
+            raise KeyError(f"levels.{i}.downsample.reduction.conv.weight")
         dim = downsample.out_channels if downsample else dim
+    attention = [
+        f"levels.{i}.blocks.{j}.attention_blocks.{k}"
+        for i, level in enumerate(levels)
+        for j, chain in enumerate(level.chains)
+        for k in range(len(chain))
+    ]
+    for leaf in _ALL_OR_NONE:
+        lacking = [name for name in attention if f"{name}.{leaf}" not in tree]
+        if lacking and len(lacking) < len(attention):
+            raise KeyError(f"{lacking[0]}.{leaf}")
     projections = "high_res_neck.neck_features_proj"
-    taken = _children(state, f"{projections}.")
+    taken = tree.children(projections)
     if not 1 <= taken <= count:
         raise KeyError(f"{projections}.{taken}.conv1.weight")
-    neck_dims = tuple(level.dim for level in levels[-taken:])
     return ERADIOSpec(
         arch=arch,
         stem=stem,
         levels=tuple(levels),
-        neck_dims=neck_dims,
-        embed_dim=_shape(state, f"{projections}.0.conv2.weight", 2)[0],
+        neck_dims=tuple(level.dim for level in levels[-taken:]),
+        embed_dim=tree.shape(f"{projections}.0.conv2.weight", 2)[0],
         summary_idxs=summary_idxs,
     )
 
@@ -256,113 +297,3 @@ def released_spec(arch: str) -> ERADIOSpec:
             levels.append(LevelSpec(dim, chains=depth * ((half, full) if i == 2 else (full,),), downsample=down))
     stem = (ConvSpec(3, in_dim, 3, 2), ConvSpec(in_dim, d, 3, 2))
     return ERADIOSpec(arch, stem, tuple(levels), (4 * d, 8 * d), 8 * d)
-
-
-# -- names and folding ----------------------------------------------------------------------------------------
-
-# Tensors that are derived from others, for training, or of the classifier.
-_UNUSED = re.compile(r"^(head|norm)\.|\.(relative_bias|relative_position_index|num_batches_tracked)$")
-_GAMMA = re.compile(r"\.(?:gamma_?|ls)([12])(?:\.gamma)?$")
-# Where a BatchNorm stands, and the convolution it follows: the name both get once they are folded.
-_BATCH_NORMS = (
-    (re.compile(r"^(.*)\.bn$"), "{0}.conv", "{0}"),
-    (re.compile(r"^(.*)\.norm([12])$"), "{0}.conv{1}", "{0}.conv{1}"),
-    (re.compile(r"^(.*)\.norm$"), "{0}.conv1", "{0}.conv1"),
-)
-_BATCH_NORM_LEAVES = ("weight", "bias", "running_mean", "running_var")
-# Convolutions that would run, wrongly, without the BatchNorm after them.
-_NEED_ONE = (
-    (re.compile(r"^(levels\.\d+\.blocks\.\d+)\.conv([12])$"), "{0}.norm{1}.weight"),
-    (re.compile(r"^(high_res_neck\.neck_features_proj\.\d+)\.conv1$"), "{0}.norm.weight"),
-)
-
-
-def fold_weight(weight: Tensor, scale: Tensor, variance: Tensor) -> Tensor:
-    """weight · scale / √(variance + ε), one factor per output channel: float64, rounded once to float32."""
-    factor = scale.double() / torch.sqrt(variance.double() + BN_EPS)
-    out = torch.empty(weight.shape, dtype=torch.float32)
-    for rows in range(0, len(weight), 64):  # 170 MB in float64, were the widest weight of the release done at once
-        part = slice(rows, rows + 64)
-        out[part] = weight[part].double() * factor[part].view(-1, *(1,) * (weight.ndim - 1))
-    return out
-
-
-def fold_bias(scale: Tensor, variance: Tensor, mean: Tensor, shift: Tensor, bias: Tensor | None = None) -> Tensor:
-    """shift + (bias − mean) · scale / √(variance + ε), in float64, rounded once to float32."""
-    mean = mean.double() if bias is None else mean.double() - bias.double()
-    return (shift.double() - mean * scale.double() / torch.sqrt(variance.double() + BN_EPS)).float()
-
-
-def _batch_norms(state: State) -> dict[str, tuple[str, str]]:
-    """The names of all BatchNorms: (convolution before it, both once folded).
-
-    Raises:
-        KeyError: a BatchNorm without a convolution, or the other way round.
-    """
-    found = {}
-    for key in state:
-        norm, _, leaf = key.rpartition(".")
-        for pattern, conv, folded in _BATCH_NORMS:
-            match = pattern.match(norm) if leaf in _BATCH_NORM_LEAVES else None
-            if match and f"{conv.format(*match.groups())}.weight" in state:
-                found[norm] = conv.format(*match.groups()), folded.format(*match.groups())
-        if norm not in found and (leaf.startswith("running_") or (leaf == "weight" and norm.endswith(".bn"))):
-            raise KeyError(f"{norm.rpartition('.')[0]}.conv.weight")
-    followed = {conv for conv, _ in found.values()}
-    for key in state:
-        conv = key.removesuffix(".weight")
-        for pattern, norm in _NEED_ONE:
-            if conv not in followed and (match := pattern.match(conv)):
-                raise KeyError(norm.format(*match.groups()))
-    return found
-
-
-def _fold(state: State, norm: str, conv: str, folded: str) -> None:
-    for leaf in _BATCH_NORM_LEAVES:
-        if f"{norm}.{leaf}" not in state:
-            raise KeyError(f"{norm}.{leaf}")
-    scale, shift, mean, variance = (state.pop(f"{norm}.{leaf}") for leaf in _BATCH_NORM_LEAVES)
-    weight, bias = state.pop(f"{conv}.weight"), state.pop(f"{conv}.bias", None)
-    out = weight.shape[:1]
-    for name, tensor in (("weight", scale), ("bias", shift), ("running_mean", mean), ("running_var", variance)):
-        if tensor.shape != out:
-            raise ValueError(f"{norm}.{name} must have shape {tuple(out)} like {conv}, got {tuple(tensor.shape)}")
-    if bias is not None and bias.shape != out:
-        raise ValueError(f"{conv}.bias must have shape {tuple(out)}, got {tuple(bias.shape)}")
-    state[f"{folded}.weight"] = Deferred(weight.shape, fold_weight, weight, scale, variance)
-    sources = (scale, variance, mean, shift) if bias is None else (scale, variance, mean, shift, bias)
-    state[f"{folded}.bias"] = Deferred(out, fold_bias, *sources)
-
-
-def _then(value: Tensor | Deferred, shape: tuple[int, ...], change) -> Deferred:
-    """`change` done to a tensor once it is wanted."""
-    if isinstance(value, Deferred):
-        return Deferred(shape, lambda *sources: change(value.make(*sources)), *value.sources)
-    return Deferred(shape, change, value)
-
-
-def canonical_eradio(state: Mapping[str, Tensor]) -> State:
-    """An E-RADIO's tensors under this package's names, every BatchNorm folded into the convolution before it.
-
-    Convolutions that are matrix products become linear layers' weights: 1 × 1 ones, and those of kernel and stride 2
-    that change an attention block's resolution; their 2 × 2 positions become channels, ordered (row, column, channel).
-
-    Raises:
-        KeyError: a BatchNorm without its convolution, or without one of its tensors.
-        ValueError: shapes that contradict each other.
-    """
-    out: State = {_GAMMA.sub(r".ls\1.gamma", key): value for key, value in state.items() if not _UNUSED.search(key)}
-    for norm, (conv, folded) in _batch_norms(out).items():
-        _fold(out, norm, conv, folded)
-    for key, value in list(out.items()):
-        shape = tuple(value.shape)
-        if key.endswith(("sample_op.weight",)) and len(shape) == 4 and shape[2:] == (2, 2):
-            if key.endswith(".downsample_op.weight"):
-                out[key] = _then(value, (shape[0], 4 * shape[1]), lambda w: w.permute(0, 2, 3, 1).flatten(1))
-            else:  # a transposed convolution's weight is (in, out, 2, 2)
-                out[key] = _then(value, (4 * shape[1], shape[0]), lambda w: w.permute(2, 3, 1, 0).flatten(0, 2))
-        elif key.endswith(".upsample_op.bias") and len(shape) == 1:
-            out[key] = _then(value, (4 * shape[0],), lambda b: b.repeat(4))
-        elif key.endswith(".weight") and len(shape) == 4 and shape[2:] == (1, 1):
-            out[key] = _then(value, shape[:2], lambda w: w.flatten(1))
-    return out

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from radio_fast.errors import CheckpointError
 from radio_fast.models.deferred import Deferred
-from radio_fast.models.eradio_spec import ERADIOSpec, canonical_eradio, eradio_spec, is_eradio
+from radio_fast.models.eradio_spec import ERADIOSpec, eradio_spec
+from radio_fast.models.eradio_weights import canonical_eradio, is_eradio
 from radio_fast.models.spec import ViTSpec, prefix_layout, spec_of_state
 
 State = dict[str, "Tensor | Deferred"]
+STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # What every block of a model has, or none.
@@ -52,7 +54,7 @@ class ModelState:
         """
         try:
             num_cls, num_registers, summary_idxs = self.layout or prefix_layout(self.args)
-            if is_eradio(self.arch):
+            if is_eradio(self.arch, self.backbone):
                 return eradio_spec(self.arch, self.backbone, summary_idxs)
             stored = self.backbone.get("patch_generator.cls_token.token")
             if stored is not None:
@@ -97,7 +99,7 @@ def canonical_backbone(state: Mapping[str, Tensor], arch: str) -> tuple[State, b
     The DINOv2 student sits under `inner.`; LayerScale is `gamma` or `grandma`; a plain timm ViT has a convolution for
     the patches, and one position more, the cls token's, which is added to that token here.
     """
-    if is_eradio(arch):
+    if is_eradio(arch, state):
         try:
             return canonical_eradio(state), False
         except KeyError as error:
@@ -206,10 +208,17 @@ def fill(
             raise CheckpointError(
                 f"{where}{name} has shape {tuple(value.shape)} in the checkpoint, expected {tuple(empty.shape)}"
             )
+        if value.dtype not in STORED_DTYPES:
+            raise CheckpointError(
+                f"{where}{name} is stored as {value.dtype}; weights must be float16, bfloat16 or float32"
+            )
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         stored = value.sources if isinstance(value, Deferred) else (value,)
-        value = value() if isinstance(value, Deferred) else value
+        try:
+            value = value() if isinstance(value, Deferred) else value
+        except ValueError as error:
+            raise CheckpointError(f"{where}{name}: {error}") from None
         layout = getattr(owner, "weight_format", None) if value.ndim == 4 else None
         # What folding has made is no one else's: copied again, the largest weight would exist three times.
         shared = any(value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in stored)

@@ -11,11 +11,12 @@ from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
 def pixel_shuffle(x: Tensor) -> Tensor:
     """(B, h, w, 2·2·C), channels ordered (row, column, C) → (B, 2h, 2w, C)."""
     B, h, w, width = x.shape
-    return x.view(B, h, w, 2, 2, width // 4).transpose(2, 3).reshape(B, 2 * h, 2 * w, width // 4)
+    return x.reshape(B, h, w, 2, 2, width // 4).transpose(2, 3).reshape(B, 2 * h, 2 * w, width // 4)
 
 
 def blend_ref(x: Tensor, skip: Tensor) -> Tensor:
-    return torch.lerp(x if x.shape == skip.shape else pixel_shuffle(x), skip, 0.5)
+    x = x if x.shape == skip.shape else pixel_shuffle(x)
+    return torch.lerp(x, skip.to(x.dtype), 0.5).contiguous()  # their dtypes differ under autocast
 
 
 def blend(x: Tensor, skip: Tensor, *, backend: str = "auto") -> Tensor:
@@ -27,13 +28,14 @@ def blend(x: Tensor, skip: Tensor, *, backend: str = "auto") -> Tensor:
         skip: (B, H, W, C). Both any strides.
 
     Returns:
-        (B, H, W, C), contiguous, in x's dtype; float32 arithmetic.
+        (B, H, W, C), contiguous, in x's dtype; the kernel's arithmetic is float32.
 
     Raises:
         ValueError: the shapes are neither, or the backend asked for can't run.
     """
     B, H, W, C = skip.shape if skip.ndim == 4 else 4 * (-1,)
-    if x.shape != skip.shape and (H % 2 or W % 2 or x.shape != (B, H // 2, W // 2, 4 * C)):
+    halved = H % 2 == 0 and W % 2 == 0 and x.shape == (B, H // 2, W // 2, 4 * C)
+    if x.ndim != 4 or (x.shape != skip.shape and not halved):
         raise ValueError(
             f"x and skip must have shapes (B, H, W, C) both, or (B, H/2, W/2, 4·C) and (B, H, W, C), "
             f"got {tuple(x.shape)} and {tuple(skip.shape)}"

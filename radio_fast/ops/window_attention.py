@@ -44,7 +44,9 @@ def _check(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> Non
     """
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
         raise ValueError(f"window must be a number of positions in 1…{MAX_WINDOW}, got {window!r}")
-    if qkv.ndim != 4 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads must be a positive number, got {num_heads!r}")
+    if qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(f"qkv must have shape (B, H, W, 3·{num_heads}·d), got {tuple(qkv.shape)}")
     for name, size in zip("HW", qkv.shape[1:3], strict=True):
         if -size % window > max(size - 1, 0):
@@ -54,6 +56,8 @@ def _check(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> Non
             )
     if bias is not None and bias.shape != (num_heads, window**2, window**2):
         raise ValueError(f"bias must have shape {(num_heads, window**2, window**2)}, got {tuple(bias.shape)}")
+    if bias is not None and (bias.dtype != qkv.dtype or bias.device != qkv.device):
+        raise ValueError(f"bias is {bias.dtype} on {bias.device}, expected {qkv.dtype} on {qkv.device} like qkv")
 
 
 def window_attention(

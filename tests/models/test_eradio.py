@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import radio_fast
 from bench.eradio_state import SMALL, Config, random_state, write_checkpoint
 from radio_fast.api import make_backbone
-from radio_fast.models.eradio_spec import BN_EPS, canonical_eradio, eradio_spec, released_spec
+from radio_fast.models.eradio_spec import eradio_spec, released_spec
+from radio_fast.models.eradio_weights import BN_EPS, canonical_eradio
 from tests.conftest import golden_source, outlier_input
 from tests.models.eradio import QUIET, golden, image, pair
 from tests.numerics import assert_relative, assert_tokens, assert_within
@@ -55,6 +56,8 @@ def test_variants(name, tmp_path):
         expected_summary, expected = plain(ours.input_conditioner(x))
         assert_relative(features, expected)
         assert_relative(summary, expected_summary)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_tokens(ours(x).features, expected)
     side = 4 << config.neck_start
     assert ours.patch_size == side
     assert ours(x, feature_fmt="NCHW").features.shape == (2, 64, 64 // side, 96 // side)

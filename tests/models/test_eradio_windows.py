@@ -23,7 +23,7 @@ from tests.numerics import assert_relative
 @pytest.mark.parametrize(
     ("size", "window"),
     [((224, 224), 7), ((512, 512), 16), ((1024, 2048), 16), ((256, 512), 8), ((544, 544), 1), ((640, 96), 3),
-     ((32, 64), 1), ((672, 672), 7), ((416, 2048), 13)],
+     ((32, 64), 1), ((672, 672), 7), ((416, 2048), 13), ((250, 300), 7)],
 )  # fmt: skip
 def test_optimal_window(size, window):
     """The largest divisor, up to 16, of min(H, W) / 32."""
@@ -71,8 +71,8 @@ def test_resizing_is_told_once_with_sizes_that_fit():
         model(image(192, 128))
     text = str(told[0].message)
     assert len(told) == 1
-    assert "change_window_size(2) would fit" in text
-    assert "would fit images of 512 × 512" in text
+    assert "a window of 2 (model.model.change_window_size) would fit this one" in text
+    assert "images of 512 × 512 would need no resizing" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(image(192, 128))
@@ -84,7 +84,7 @@ def test_resizing_is_told_once_with_sizes_that_fit():
         other(image(192, 128))
         other.model.set_optimal_window_size((192, 192))
         other(image(192, 192))
-    with pytest.warns(UserWarning, match="attention windows of 6 × 6 don't fit .* images of 192 × 192"):
+    with pytest.warns(UserWarning, match="attention windows of 6 × 6 don't fit .* images of 192 × 192 would"):
         other(image(160, 224))
 
 

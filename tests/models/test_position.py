@@ -73,10 +73,13 @@ def test_cache_under_autocast_keeps_full_precision(rng):
 def test_cache_is_bounded():
     cache = TensorCache(max_bytes=1000)
     for i in range(20):
-        cache.put((i,), torch.zeros(100))  # 400 bytes
+        cache.put((i,), (), torch.zeros(100))  # 400 bytes
         assert cache.bytes <= 1000
     assert len(cache.entries) == 2
-    assert cache.get((19,)) is not None
-    cache.put(("large",), torch.zeros(300))
-    assert cache.get(("large",)) is None
-    assert cache.get((19,)) is not None, "an entry too large to keep must not push others out"
+    assert cache.get((19,), ()) is not None
+    cache.put(("large",), (), torch.zeros(300))
+    assert cache.get(("large",), ()) is None
+    assert cache.get((19,), ()) is not None, "an entry too large to keep must not push others out"
+    cache.put((19,), ("changed",), torch.ones(100))
+    assert cache.get((19,), ()) is None and cache.get((19,), ("changed",)) is not None
+    assert len(cache.entries) == 2, "what belongs to weights that are no more must go"

@@ -318,11 +318,13 @@ BAD = {  # (what to call the op with, what its message says)
     "past W": ((torch.zeros(1, 8, 2, 48), 1, 4), "window 4 is too large for a map with W = 2"),
     "rank": ((QKV[0], 2, 3), "qkv must have shape (B, H, W, 3·2·d), got (4, 6, 96)"),
     "width": ((QKV, 5, 3), "qkv must have shape (B, H, W, 3·5·d), got (2, 4, 6, 96)"),
-    "no heads": ((QKV, 0, 3), "qkv must have shape (B, H, W, 3·0·d)"),
+    "no heads": ((QKV, 0, 3), "num_heads must be a positive number, got 0"),
+    "heads as a float": ((QKV, 2.0, 3), "num_heads must be a positive number, got 2.0"),
     "bias heads": ((QKV, 2, 3, BIAS[:1]), "bias must have shape (2, 9, 9), got (1, 9, 9)"),
     "bias keys": ((QKV, 2, 2, BIAS), "bias must have shape (2, 4, 4), got (2, 9, 9)"),
-    "bias dtype": ((QKV, 2, 3, BIAS.half()), "bias is torch.float16, expected torch.float32"),
-    "bias device": ((QKV, 2, 3, BIAS.to("meta")), "bias is on meta, expected cpu"),
+    "bias dtype": ((QKV, 2, 3, BIAS.half()), "bias is torch.float16 on cpu, expected torch.float32 on cpu"),
+    "mask": ((QKV, 2, 3, BIAS.bool()), "bias is torch.bool on cpu, expected torch.float32 on cpu"),
+    "bias device": ((QKV, 2, 3, BIAS.to("meta")), "bias is torch.float32 on meta, expected torch.float32 on cpu"),
     "dtype": ((QKV.double(), 2, 3), "dtype must be float16, bfloat16 or float32, got torch.float64"),
     "head dim": ((torch.zeros(1, 4, 6, 144), 1, 3), "head dim must be one of 16, 32, 64, 72, 80, 96, 128, got 48"),
 }
@@ -333,6 +335,9 @@ def test_refuses(change):
     arguments, message = BAD[change]
     with pytest.raises(ValueError, match=re.escape(message)):
         ops.window_attention(*arguments, backend="triton")
+    if change not in ("dtype", "head dim"):  # which plain torch takes
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ops.window_attention(*arguments, backend="reference")
 
 
 def test_refuses_old_gpus(device, monkeypatch):
