@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from radio_fast import native
 from radio_fast.download import default_cache_dir
 from radio_fast.ops._dispatch import why_not_triton
 from radio_fast.version import __version__
@@ -55,6 +56,13 @@ def _gpus() -> list[Finding]:
     return found
 
 
+def _cuda_extension() -> Finding:
+    reason = native.why_not_native()
+    if reason is not None:
+        return Finding("CUDA extension", None, reason)
+    return Finding("CUDA extension", True, f"kernels for {native.library().architectures.replace(' ', ', ')}")
+
+
 def _triton_backend() -> Finding:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dots, rows = (why_not_triton(device, needs_dot=needs_dot) for needs_dot in (True, False))
@@ -85,5 +93,6 @@ def examine() -> list[Finding]:
         _package("transformers", "transformers", "only needed to compare against its RadioModel"),
         Finding("backend reference", torch_ok, "plain PyTorch, on any device that torch has"),
         _triton_backend(),
+        _cuda_extension(),
         Finding("cache", True, str(default_cache_dir())),
     ]
