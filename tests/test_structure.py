@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,14 @@ def test_files_stay_readable(path):
 def test_kernels_is_no_top_level_package():
     """Transformers imports a package of that name; ours must never be found in its place."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_ptx_is_in_one_file():
+    """Every instruction is wrapped once, where the host emulation can take its place."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cc", ".h")]
+    assert {path.name for path in sources if re.search(r"\basm\b", path.read_text(encoding="utf-8"))} == {"mma.cuh"}
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 600 for path in sources)
+    assert not any("torch" in line for path in sources for line in path.read_text().splitlines() if "#include" in line)
 
 
 def test_import_has_no_side_effects():

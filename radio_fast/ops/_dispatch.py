@@ -1,6 +1,7 @@
 """Which implementation of an op runs: plain PyTorch or a kernel.
 
-Every op has a plain form `*_ref` in its file, and an operator `torch.ops.radio_fast.<op>` that runs the Triton kernel.
+Every op has a plain form `*_ref` in its file, and an operator `torch.ops.radio_fast.<op>` that runs the Triton kernel;
+some have a kernel in the CUDA extension too, `torch.ops.radio_fast.<op>_cuda`.
 `choose` decides between them; an implementation asked for by name that can't run is an error, never a silent
 replacement.
 """
@@ -13,9 +14,10 @@ import os
 import torch
 from torch import Tensor
 
+from radio_fast import native
 from radio_fast.arch import arch_of
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "triton")  # of a whole model; "cuda" is some ops'
 LIBRARY = torch.library.Library("radio_fast", "FRAGMENT")
 
 
@@ -58,34 +60,75 @@ def why_not_triton(device: torch.device, needs_dot: bool) -> str | None:
     return None
 
 
-def choose(op: str, backend: str, *tensors: Tensor | None, needs_dot: bool, limit: str | None = None) -> str:
-    """The implementation that this call runs, "reference" or "triton".
+def native_path(device: torch.device) -> int:
+    """The path of the CUDA extension for `device`: 70, 75 or 80."""
+    sm = sm_of(device)
+    return 80 if sm >= 80 else 75 if sm >= 75 else 70
+
+
+def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the CUDA extension's kernels run on `device`, else the reason why they don't."""
+    reason = native.why_not_native()
+    if reason is not None:
+        return reason
+    if device.type == "cpu":
+        if not native.library().emulated:
+            return "the CUDA extension's kernels are for NVIDIA GPUs, not for the CPU"
+    elif device.type != "cuda" or torch.version.cuda is None:
+        return f"the kernels are for NVIDIA GPUs, not for {device.type}"
+    try:
+        path = native_path(device)
+    except ValueError as error:
+        return str(error)
+    if dtype == torch.bfloat16 and path < 80:
+        return f"bfloat16 needs sm_80 or newer, this is sm_{path}'s path: use float16"
+    return None
+
+
+def choose(
+    op: str,
+    backend: str,
+    *tensors: Tensor | None,
+    needs_dot: bool,
+    limit: str | None = None,
+    native_limit: str | None = "it has no kernel there",
+) -> str:
+    """The implementation that this call runs: "reference", "triton" or "cuda" (the CUDA extension).
 
     `backend` is what the caller wants; the environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
-    "auto" takes the kernel where it runs: on a GPU, outside autograd and autocast, within the kernel's limits (`limit`
-    is the one this call breaks, if any). Else it takes plain PyTorch.
+    "auto" takes a kernel where one runs: on a GPU, outside autograd and autocast, within the kernel's limits (`limit`
+    and `native_limit` are what this call breaks of Triton's and the CUDA extension's, if any); Triton's first, and the
+    extension's in 16 bits only, where it has tensor cores. Else it takes plain PyTorch.
 
     Raises:
-        ValueError: no such backend, or "triton" was asked for and can't run; the message says why.
+        ValueError: no such backend, or one was asked for that can't run; the message says why.
     """
     if backend == "auto":
         backend = os.environ.get(f"RADIO_FAST_{op.upper()}") or os.environ.get("RADIO_FAST_BACKEND") or "auto"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend of {op} must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend not in (*BACKENDS, "cuda"):
+        known = ", ".join(map(repr, (*BACKENDS, "cuda")))
+        raise ValueError(f"backend of {op} must be one of {known}, got {backend!r}")
     present = [t for t in tensors if t is not None]
     device = present[0].device
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):
         return "reference"
-    reason = limit or why_not_triton(device, needs_dot)
-    if reason is None and torch.is_grad_enabled() and any(t.requires_grad for t in present):
-        reason = "the kernels have no backward: use torch.no_grad() or the reference backend"
-    if reason is None and torch.is_autocast_enabled(device.type):
-        reason = "autocast is on: cast the model with .to(dtype) instead, or use the reference backend"
-    if reason is None:
-        return "triton"
+    common = None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
+        common = "the kernels have no backward: use torch.no_grad() or the reference backend"
+    elif torch.is_autocast_enabled(device.type):
+        common = "autocast is on: cast the model with .to(dtype) instead, or use the reference backend"
+    reason = None
+    if backend != "cuda":
+        reason = limit or why_not_triton(device, needs_dot) or common
+        if reason is None:
+            return "triton"
+    if backend == "cuda" or (backend == "auto" and native_limit is None and common is None):
+        reason = native_limit or why_not_native(device, present[0].dtype) or common
+        if reason is None and (backend == "cuda" or present[0].dtype != torch.float32):
+            return "cuda"
     if backend == "auto":
         return "reference"
-    raise ValueError(f"the triton backend of {op} can't run here: {reason}")
+    raise ValueError(f"the {backend} backend of {op} can't run here: {reason}")
 
 
 def register(name: str, schema: str, fake, kernel) -> None:

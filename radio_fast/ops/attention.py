@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+from radio_fast import native
+from radio_fast.ops._dispatch import choose, limit_of, native_path, register, sm_of
 
 HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128)
 
@@ -79,12 +80,18 @@ def attention(
     Returns:
         (B, N, H·d), or (tokens, H·d), in qkv's dtype; the softmax is float32.
     """
-    limit = _limit(qkv, num_heads, cu_seqlens, window)
-    if choose("attention", backend, qkv, needs_dot=True, limit=limit) == "triton":
-        if cu_seqlens is not None and max_seqlen is None:
-            max_seqlen = int(cu_seqlens.diff().max())
-        return torch.ops.radio_fast.attention(qkv, num_heads, cu_seqlens, max_seqlen or 0, list(window or ()))
-    return attention_ref(qkv, num_heads, cu_seqlens, window)
+    limit = native_limit = _limit(qkv, num_heads, cu_seqlens, window)
+    if limit is None and qkv.shape[-1] // (3 * num_heads) not in native.HEAD_DIMS:
+        native_limit = f"head dim must be one of {', '.join(map(str, native.HEAD_DIMS))}"
+    elif limit is None and window is not None and window[2] > native.MAX_WINDOW:
+        native_limit = f"windows may have 1…{native.MAX_WINDOW} positions a side, got {window[2]}"
+    chosen = choose("attention", backend, qkv, needs_dot=True, limit=limit, native_limit=native_limit)
+    if chosen == "reference":
+        return attention_ref(qkv, num_heads, cu_seqlens, window)
+    if cu_seqlens is not None and max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max())
+    operator = torch.ops.radio_fast.attention if chosen == "triton" else torch.ops.radio_fast.attention_cuda
+    return operator(qkv, num_heads, cu_seqlens, max_seqlen or 0, list(window or ()))
 
 
 # -- operator --------------------------------------------------------------------------------------------------
@@ -98,9 +105,21 @@ def _kernel(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: 
     return attention.attention(qkv, num_heads, cu_seqlens, max_seqlen, tuple(window) or None, sm_of(qkv.device))
 
 
-register(
-    "attention",
-    "(Tensor qkv, int num_heads, Tensor? cu_seqlens, int max_seqlen, int[] window) -> Tensor",
-    lambda qkv, num_heads, cu_seqlens, max_seqlen, window: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
-    _kernel,
-)
+def _native(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, window: list[int]) -> Tensor:
+    if qkv.numel() == 0:
+        return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
+    library, path = native.library(), native_path(qkv.device)
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    if window:  # a map without a bias
+        h, w, k = window
+        return library.window_attention(qkv.unflatten(1, (h, w)), num_heads, k, arch=path).flatten(1, 2)
+    return library.attention(qkv, num_heads, cu_seqlens, max_seqlen, arch=path)
+
+
+for _name, _implementation in (("attention", _kernel), ("attention_cuda", _native)):
+    register(
+        _name,
+        "(Tensor qkv, int num_heads, Tensor? cu_seqlens, int max_seqlen, int[] window) -> Tensor",
+        lambda qkv, num_heads, cu_seqlens, max_seqlen, window: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
+        _implementation,
+    )

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+from radio_fast import native
+from radio_fast.ops._dispatch import choose, limit_of, native_path, register, sm_of
 from radio_fast.ops.attention import HEAD_DIMS
 
 MAX_WINDOW = 32  # k⁴ entries of bias a head: 1024² here
@@ -84,11 +85,16 @@ def window_attention(
     """
     _check(qkv, num_heads, window, bias)
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    limit = limit_of(qkv, bias=bias)
+    limit = native_limit = limit_of(qkv, bias=bias)
     if head_dim not in HEAD_DIMS:
         limit = f"head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
-    if choose("window_attention", backend, qkv, bias, needs_dot=True, limit=limit) == "triton":
+    if head_dim not in native.HEAD_DIMS:
+        native_limit = f"head dim must be one of {', '.join(map(str, native.HEAD_DIMS))}, got {head_dim}"
+    chosen = choose("window_attention", backend, qkv, bias, needs_dot=True, limit=limit, native_limit=native_limit)
+    if chosen == "triton":
         return torch.ops.radio_fast.window_attention(qkv, num_heads, window, bias)
+    if chosen == "cuda":
+        return torch.ops.radio_fast.window_attention_cuda(qkv, num_heads, window, bias)
     return window_attention_ref(qkv, num_heads, window, bias)
 
 
@@ -116,9 +122,19 @@ def _kernel(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> Te
     return window_attention.window_attention(qkv, num_heads, window, bias, sm_of(qkv.device))
 
 
-register(
-    "window_attention",
-    "(Tensor qkv, int num_heads, int window, Tensor? bias) -> Tensor",
-    lambda qkv, num_heads, window, bias: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
-    _kernel,
-)
+def _native(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> Tensor:
+    if qkv.numel() == 0:
+        return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    return native.library().window_attention(qkv, num_heads, window, bias, arch=native_path(qkv.device))
+
+
+for _name, _implementation in (("window_attention", _kernel), ("window_attention_cuda", _native)):
+    register(
+        _name,
+        "(Tensor qkv, int num_heads, int window, Tensor? bias) -> Tensor",
+        lambda qkv, num_heads, window, bias: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
+        _implementation,
+    )

@@ -16,38 +16,9 @@ from radio_fast.kernels.configs import attention_config
 from radio_fast.ops.attention import attention_ref
 from tests.conftest import outlier_input, qkv_like
 from tests.numerics import assert_within
+from tests.ops.truth import attention_truth
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def attend(qkv: Tensor, heads: int) -> Tensor:
-    """float64 softmax attention of one image or window, (N, 3·H·d) → (N, H·d), head by head."""
-    d = qkv.shape[-1] // (3 * heads)
-    if len(qkv) == 0:
-        return torch.empty(0, heads * d, dtype=torch.float64, device=qkv.device)
-    columns = qkv.double().split(d, dim=-1)
-    outputs = []
-    for q, k, v in zip(columns[:heads], columns[heads : 2 * heads], columns[2 * heads :], strict=True):
-        scores = q @ k.T / math.sqrt(d)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        outputs.append(weights / weights.sum(-1, keepdim=True) @ v)
-    return torch.cat(outputs, -1)
-
-
-def attention_truth(qkv: Tensor, heads: int, lengths=None, window=None) -> Tensor:
-    if lengths is not None:
-        return torch.cat([attend(part, heads) for part in qkv.split(lengths)])
-    if window is None:
-        return torch.stack([attend(image, heads) for image in qkv])
-    h, w, k = window
-    result = qkv.new_zeros(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=torch.float64)
-    grid = torch.arange(h * w, device=qkv.device).view(h, w)
-    for image, attended in zip(qkv, result, strict=True):
-        for y in range(0, h, k):
-            for x in range(0, w, k):
-                tokens = grid[y : y + k, x : x + k].flatten()
-                attended[tokens] = attend(image[tokens], heads)
-    return result
 
 
 def check(qkv: Tensor, heads: int, lengths: list[int] | None = None, window=None, **kwargs) -> None:

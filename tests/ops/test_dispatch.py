@@ -31,8 +31,9 @@ def gpu(monkeypatch):
 class Anywhere:
     """Stands for a tensor on a device that is not there."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float16):
         self.device = device
+        self.dtype = dtype
         self.requires_grad = False
 
 
@@ -51,6 +52,52 @@ def test_triton_multiplies_matrices_only_with_tensor_cores(gpu, sm):
             _dispatch.choose("linear", "triton", tensor, needs_dot=True)
 
 
+@pytest.mark.parametrize("op", ["attention", "window_attention"])
+@pytest.mark.parametrize("sm", ARCHS)
+def test_extension_where_triton_has_no_tensor_cores(gpu, monkeypatch, sm, op):
+    """Before sm_80 in float16; float32 has no tensor-core form there, bfloat16 none at all."""
+    gpu(sm)
+    monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
+
+    def chosen(backend: str, dtype: torch.dtype = torch.float16, **limits) -> str:
+        return _dispatch.choose(op, backend, Anywhere(CUDA, dtype), needs_dot=True, **{"native_limit": None} | limits)
+
+    first = "triton" if sm >= 80 else "cuda"
+    assert chosen("auto") == first
+    assert chosen("auto", torch.float32) == ("triton" if sm >= 80 else "reference")
+    assert chosen("auto", limit="d") == "cuda", "what Triton can't take"
+    assert chosen("auto", limit="d", native_limit="d") == "reference"
+    assert chosen("cuda") == chosen("cuda", torch.float32) == "cuda"
+    if sm < 80:
+        assert chosen("auto", torch.bfloat16) == "reference"
+        with pytest.raises(ValueError, match=f"{op} can't run here: bfloat16 needs sm_80 or newer"):
+            chosen("cuda", torch.bfloat16)
+    monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: "the CUDA extension was not built")
+    assert chosen("auto") == ("triton" if sm >= 80 else "reference")
+    with pytest.raises(ValueError, match=f"the cuda backend of {op} can't run here: the CUDA extension was not built"):
+        chosen("cuda")
+
+
+def test_extension_is_named_in_vain_for_other_ops(gpu, monkeypatch):
+    gpu(90)
+    monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
+    with pytest.raises(ValueError, match="the cuda backend of linear can't run here: it has no kernel there"):
+        _dispatch.choose("linear", "cuda", Anywhere(CUDA), needs_dot=True)
+
+
+def test_extension_leaves_the_cpu_alone(monkeypatch):
+    """A built library does not run there; only the tests' emulation does."""
+
+    class Built:
+        emulated = False
+
+    monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
+    monkeypatch.setattr(_dispatch.native, "library", Built)
+    with pytest.raises(ValueError, match="the CUDA extension's kernels are for NVIDIA GPUs, not for the CPU"):
+        ops.attention(torch.zeros(1, 4, 48), 1, backend="cuda")
+    assert _dispatch.choose("attention", "auto", torch.zeros(1), needs_dot=True, native_limit=None) == "reference"
+
+
 @pytest.mark.parametrize("forced", ["70", "75"])
 def test_forced_older_architecture_counts(gpu, monkeypatch, forced):
     gpu(90)
@@ -62,7 +109,7 @@ def test_every_matmul_op_says_so(gpu, monkeypatch):
     """The public ops pass needs_dot themselves; seen from outside, on a pretended V100."""
     asked = {}
 
-    def record(op, backend, *tensors, needs_dot, limit=None):
+    def record(op, backend, *tensors, needs_dot, limit=None, native_limit="none"):
         asked[op] = needs_dot
         return "reference"
 
@@ -97,7 +144,7 @@ def test_environment_replaces_auto_only(monkeypatch):
     assert _dispatch.choose("attention", "auto", x, needs_dot=True) == "triton"
     monkeypatch.setenv("RADIO_FAST_LINEAR", "cutlass")
     with pytest.raises(
-        ValueError, match="backend of linear must be one of 'auto', 'reference', 'triton', got 'cutlass'"
+        ValueError, match="backend of linear must be one of 'auto', 'reference', 'triton', 'cuda', got 'cutlass'"
     ):
         _dispatch.choose("linear", "auto", x, needs_dot=True)
 

@@ -16,36 +16,9 @@ from radio_fast.kernels import window_attention as kernels
 from radio_fast.ops.window_attention import window_attention_ref
 from tests.conftest import qkv_like
 from tests.numerics import assert_relative, assert_within
+from tests.ops.truth import MAPS, bias_like, window_truth
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def continued(size: int, window: int) -> list[int]:
-    """0 1 2 3 → 0 1 2 3 2 1 …: the positions that whole windows cover."""
-    return [*range(size), *range(size - 2, -1, -1)][: -(-size // window) * window]
-
-
-def window_truth(qkv: Tensor, heads: int, window: int, bias: Tensor | None) -> Tensor:
-    """float64, window by window and head by head."""
-    B, H, W, width = qkv.shape
-    d = width // (3 * heads)
-    out = qkv.new_full((B, H, W, width // 3), math.nan, dtype=torch.float64)
-    rows, columns = continued(H, window), continued(W, window)
-    for b in range(B):
-        for top in range(0, H, window):
-            for left in range(0, W, window):
-                positions = [(y, x) for y in rows[top : top + window] for x in columns[left : left + window]]
-                tokens = torch.stack([qkv[b, y, x] for y, x in positions]).double()
-                inside = out[b, top : top + window, left : left + window]
-                for head in range(heads):
-                    q, k, v = (tokens[:, (part * heads + head) * d :][:, :d] for part in range(3))
-                    scores = q @ k.T / math.sqrt(d)
-                    if bias is not None:
-                        scores += bias[head].double()
-                    attended = scores.softmax(-1) @ v
-                    grid = attended.view(window, window, d)
-                    inside[..., head * d : (head + 1) * d] = grid[: inside.shape[0], : inside.shape[1]]
-    return out
 
 
 def check(qkv: Tensor, heads: int, window: int, bias: Tensor | None = None) -> None:
@@ -57,31 +30,6 @@ def check(qkv: Tensor, heads: int, window: int, bias: Tensor | None = None) -> N
     same_dtype = ops.window_attention(qkv, heads, window, bias, backend="reference")
     assert actual.is_contiguous()
     assert_within(actual, truth, same_dtype)
-
-
-def bias_like(heads: int, window: int, *, dtype: torch.dtype, device: str, seed: int = 0, scale: float = 2.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(heads, window**2, window**2, generator=generator)).to(device, dtype)
-
-
-MAPS = (  # every window, whole and partial at the bottom, the right and both; padding of size − 1, the most there is
-    (1, 2, 3),
-    (2, 3, 4),
-    (3, 2, 5),
-    (4, 8, 5),
-    (5, 3, 7),
-    (6, 6, 7),
-    (7, 8, 4),
-    (8, 8, 16),
-    (9, 5, 9),
-    (10, 11, 6),
-    (11, 11, 11),
-    (12, 12, 13),
-    (13, 7, 14),
-    (14, 16, 14),
-    (15, 8, 8),
-    (16, 16, 17),
-)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
