@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness import compare, compiled, needs_gpu
 from bench.shapes import shapes
-from radio_fast import ops
+from radio_fast import native, ops
 
 pytestmark = needs_gpu
 SDPA = {
@@ -65,6 +65,8 @@ def test_attention(benchmark, shape):
         "reference": lambda: ops.attention(qkv, H, backend="reference"),
         "compile": compiled(lambda: ops.attention(qkv, H, backend="reference")),
     }
+    if native.why_not_native() is None:
+        run["cuda"] = lambda: ops.attention(qkv, H, backend="cuda")
     run |= sdpa_rivals(q, k, v) | package_rivals(packed)
     flop = 4 * shape.batch * H * shape.tokens**2 * d
     compare(benchmark, run, flop=flop, moved=qkv.nbytes * 4 / 3)
@@ -84,3 +86,22 @@ def test_packed(benchmark, shape):
     }
     flop = 4 * int((lengths.double() ** 2).sum()) * H * d
     compare(benchmark, run, flop=flop, moved=qkv.nbytes * 4 / 3)
+
+
+@pytest.mark.skipif(native.why_not_native() is not None, reason="the CUDA extension is not built")
+@pytest.mark.parametrize("path", [70, 75])
+@pytest.mark.parametrize("shape", shapes(("ViT-B", "ViT-H")), ids=lambda s: s.id)
+def test_older_paths(benchmark, monkeypatch, shape, path):
+    """What sm_70 and sm_75 run, forced on this GPU, in float16, against torch's memory-efficient SDPA.
+
+    From sm_80 on, sm_70's product instruction has no tensor cores: its times say nothing of a V100.
+    """
+    monkeypatch.setenv("RADIO_FAST_ARCH", str(path))
+    H, d = shape.num_heads, shape.head_dim
+    packed = torch.randn(shape.batch, shape.tokens, 3, H, d, device="cuda", dtype=torch.float16)
+    qkv = packed.flatten(2)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    rivals = {name: call for name, call in sdpa_rivals(q, k, v).items() if name == "sdpa efficient"}
+    flop = 4 * shape.batch * H * shape.tokens**2 * d
+    ours = {"cuda": lambda: ops.attention(qkv, H, backend="cuda")}
+    compare(benchmark, ours | rivals, flop=flop, moved=qkv.nbytes * 4 / 3, ours="cuda")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from bench.harness import compare, compiled, needs_gpu
-from radio_fast import ops
+from radio_fast import native, ops
 
 pytestmark = needs_gpu
 
@@ -46,6 +46,8 @@ def test_window_attention(benchmark, pixels, window, side, heads, batch):
         "compile": compiled(lambda: ops.window_attention(qkv, heads, window, bias, backend="reference")),
         "flex, windows given": flex(qkv, heads, window, bias),
     }
+    if native.why_not_native() is None:
+        run["cuda"] = lambda: ops.window_attention(qkv, heads, window, padded, backend="cuda")
     flop = 4 * batch * side**2 * window**2 * heads * HEAD_DIM
     compare(benchmark, run, flop=flop, moved=qkv.nbytes * 4 / 3 + bias.nbytes)
 

@@ -21,8 +21,16 @@ PY
 cat "$out/doctor.txt"
 git rev-parse HEAD >"$out/commit.txt" 2>/dev/null || true
 
+python3 csrc/build.py >"$out/build.txt" 2>&1 || { tail -20 "$out/build.txt"; failed=1; } # the CUDA extension
 if [ "$what" != bench ]; then
     timeout 240 python3 -m pytest tests/ops tests/models/test_{triton,golden,eradio}.py -q 2>&1 | tee "$out/tests.txt" || failed=1
+    if command -v compute-sanitizer >/dev/null; then # the extension's kernels again, for addresses and for races
+        for tool in memcheck racecheck; do
+            timeout 90 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m pytest -q -x \
+                tests/ops/test_cuda_attention.py -k "test_head_dims or packed or test_strides" \
+                2>&1 | tee "$out/$tool.txt" | tail -3 || failed=1
+        done
+    fi
 fi
 if [ "$what" != tests ]; then
     # A file of results each: one that runs out of time loses only its own.
