@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 CSRC, EMU = ROOT / "csrc", ROOT / "tests" / "emu"
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]  # a GPU faults where this machine would not
 
 
 def build_emulation(folder: Path, sanitize: bool = False, defines: tuple[str, ...] = (), csrc: Path = CSRC) -> Path:

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+import radio_fast
 from radio_fast import native, ops
-from tests.conftest import outlier_input, qkv_like
+from tests.conftest import GOLDEN, golden_source, outlier_input, qkv_like
 from tests.emu.build import CSRC, build_emulation
-from tests.numerics import assert_within
+from tests.numerics import GOLDEN_RTOL, assert_relative, assert_tokens, assert_within
 from tests.ops.truth import MAPS, attention_truth, bias_like, window_truth
 
 HALF, BFLOAT, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -107,7 +109,7 @@ def test_large_windows(sm, path, device, guarded):
         check_window(qkv, 1, window, bias_like(1, window, dtype=HALF, device=device))
 
 
-LAYOUTS = ("channels first", "wider", "every other", "odd", "last axis")
+LAYOUTS = ("channels first", "wider", "every other", "odd", "odd rows", "odd images", "last axis")
 
 
 def strided(qkv: Tensor, how: str) -> Tensor:
@@ -121,6 +123,10 @@ def strided(qkv: Tensor, how: str) -> Tensor:
         view = qkv.new_full((2 * B, 2 * H, 2 * W, width), math.nan)[::2, 1::2, ::2]
     elif how == "odd":  # nothing divisible by 16 bytes
         view = qkv.new_full((B, H, W, width + 3), math.nan)[..., 1 : width + 1]
+    elif how == "odd rows":  # only the rows of the map begin at odd addresses
+        view = qkv.new_full((B, H, W * width + 4), math.nan)[..., : W * width].unflatten(2, (W, width))
+    elif how == "odd images":
+        view = qkv.new_full((B, H * W * width + 4), math.nan)[:, : H * W * width].unflatten(1, (H, W, width))
     else:
         view = qkv.new_full((B, H, W, 2 * width), math.nan)[..., ::2]
     return view.copy_(qkv)
@@ -248,6 +254,25 @@ def test_operators(device):
     )
     tokens = qkv_like(1, 20, 3 * 2 * 16, dtype=HALF, device=device)
     torch.library.opcheck(torch.ops.radio_fast.attention_cuda, (tokens, 2, None, 0, []))
+
+
+@pytest.mark.parametrize("sm", (70, 75, 80))
+@pytest.mark.parametrize("case", ("vit_h16", "vit_so400m16", "vit_b16_vitdet", "eradio_small"))
+def test_whole_models(case, sm, path, device, monkeypatch):
+    """The golden outputs, with every attention in the extension: float32, and float16 by its tokens."""
+    path(sm)
+    stored = load_file(GOLDEN / case / "io.safetensors")
+    for op in ("ATTENTION", "WINDOW_ATTENTION"):
+        monkeypatch.setenv(f"RADIO_FAST_{op}", "cuda")
+    options = {"vitdet_window_size": 2} if case == "vit_b16_vitdet" else {}
+    options |= {"window_size": "optimal"} if case == "eradio_small" else {}
+    x = (stored["0.image"].float() / 255).to(device)
+    for dtype in (FULL, HALF) if sm == 80 else (HALF,):
+        features = radio_fast.load(golden_source(case), device=device, dtype=dtype, **options)(x).features.cpu()
+        if dtype == FULL:
+            assert_relative(features, stored["0.out.features"], GOLDEN_RTOL[FULL])
+        else:
+            assert_tokens(features, stored["0.out.features"])
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
