@@ -101,7 +101,7 @@ def architectures(library: Path) -> str:
 def test_a_wheel_made_from_the_sdist_has_the_library(tree, tmp_path):
     backend(tree, "build_sdist")
     with tarfile.open(next((tree / "out").glob("*.tar.gz"))) as archive:
-        archive.extractall(tmp_path / "sdist", filter="data")
+        archive.extractall(tmp_path / "sdist", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     [unpacked] = (tmp_path / "sdist").iterdir()
     packed = {
         str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.suffix != ".pyc" and path.is_file()

@@ -85,6 +85,14 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _why_not_now(tensors: list[Tensor]) -> str | None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "the kernels have no backward: use torch.no_grad() or the reference backend"
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return "autocast is on: cast the model with .to(dtype) instead, or use the reference backend"
+    return None
+
+
 def choose(
     op: str,
     backend: str,
@@ -112,18 +120,13 @@ def choose(
     device = present[0].device
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):
         return "reference"
-    common = None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
-        common = "the kernels have no backward: use torch.no_grad() or the reference backend"
-    elif torch.is_autocast_enabled(device.type):
-        common = "autocast is on: cast the model with .to(dtype) instead, or use the reference backend"
     reason = None
     if backend != "cuda":
-        reason = limit or why_not_triton(device, needs_dot) or common
+        reason = limit or why_not_triton(device, needs_dot) or _why_not_now(present)
         if reason is None:
             return "triton"
-    if backend == "cuda" or (backend == "auto" and native_limit is None and common is None):
-        reason = native_limit or why_not_native(device, present[0].dtype) or common
+    if backend == "cuda" or (backend == "auto" and native_limit is None):
+        reason = native_limit or why_not_native(device, present[0].dtype) or _why_not_now(present)
         if reason is None and (backend == "cuda" or present[0].dtype != torch.float32):
             return "cuda"
     if backend == "auto":

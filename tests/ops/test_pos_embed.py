@@ -127,4 +127,4 @@ def test_limits(device):
     refuses("sizes must be one or more .* of at least one patch", table, [(2, 2), (0, 3)])
     refuses("no backward", table.clone().requires_grad_(), [(2, 2)])
     with pytest.raises(ValueError, match="backend of pos_embed must be one of"):
-        ops.pos_embed(table, 2, 2, backend="cuda")
+        ops.pos_embed(table, 2, 2, backend="cutlass")
