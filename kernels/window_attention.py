@@ -109,6 +109,7 @@ def _store(
         inside = inside & (y < H) & (x < W)
     inside = inside[:, None]
     ptrs = out + (((image * H + y) * W + x) * (heads * HEAD_DIM) + head * HEAD_DIM)[:, None]
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # the bias has shut out every key: 0
     o = (acc1 / l_i[:, None]).to(out.dtype.element_ty)
     tl.store(ptrs + tl.arange(0, D1)[None, :], o, mask=inside)
     if D2 > 0:
@@ -166,7 +167,8 @@ def _window_attention(
             q1, q2, k, v, bias_rows, 0, stride_h, stride_w, edge_h, edge_w, bias_scale,
             BLOCK_N, S, HEAD_DIM, D1, D2, WINDOW, PARTIAL, WIDE, S < BLOCK_N, HAS_BIAS, BIAS_PADDED, PRECISION,
         )  # fmt: skip
-        acc1, acc2, l_i = _add(acc1, acc2, l_i, qk, tl.max(qk, 1) * qk_scale, v1, v2, qk_scale, D2, PRECISION)
+        m_i = tl.maximum(tl.max(qk, 1) * qk_scale, LOWEST)
+        acc1, acc2, l_i = _add(acc1, acc2, l_i, qk, m_i, v1, v2, qk_scale, D2, PRECISION)
     else:
         m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
         # `keys` is S, but not known before the run: a loop of one block would be taken apart, and with the rest's loads

@@ -27,7 +27,7 @@ ENTRIES = {
     "rf_last_error": (ctypes.c_char_p, []),
     "rf_architectures": (ctypes.c_char_p, []),
     "rf_window_attention": (_I, [_P, _P, _P, _I, *[_L] * 11, _I, _P]),
-    "rf_attention": (_I, [_P, _P, _P, _I, *[_L] * 6, _I, _P]),
+    "rf_attention": (_I, [_P, _P, _P, _I, *[_L] * 7, _I, _P]),
 }
 ERRORS = {1: ValueError, 2: NotImplementedError, 3: RuntimeError}  # by rf_status
 
@@ -55,7 +55,7 @@ def _whole(path: Path) -> bool:
 def _dlopen(path: Path) -> ctypes.CDLL:
     if not path.is_file():
         reason = path.with_name(REASON)
-        if "RADIO_FAST_LIBRARY" in os.environ:
+        if os.environ.get("RADIO_FAST_LIBRARY"):
             raise LibraryError(f"RADIO_FAST_LIBRARY names no file: {path}")
         why = reason.read_text(encoding="utf-8").strip() if reason.is_file() else f"there is no {path}; {REBUILD}"
         raise LibraryError(f"the CUDA extension was not built: {why}")
@@ -94,6 +94,30 @@ class Library:
         self._last_error = library.rf_last_error
         self.architectures: str = library.rf_architectures().decode()
         self.emulated = self.architectures == "emulation"  # the tests' build: its kernels run on CPU tensors
+        self._tried: dict[int, str | None] = {}
+
+    def why_not_on(self, sm: int) -> str | None:
+        """None if the library has code that a GPU of this architecture runs: of its major, no later minor."""
+        if any(int(built) // 10 == sm // 10 and int(built) <= sm for built in self.architectures.split()):
+            return None
+        return f"the CUDA extension was built for {self.architectures.replace(' ', ', ')}, not for sm_{sm}; {REBUILD}"
+
+    def why_not_run(self, device: torch.device) -> str | None:
+        """None if the smallest attention is launched on a GPU without an error; tried once.
+
+        Code of CUDA 13, for one, needs a driver as new, which only loading it tells.
+        """
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in self._tried:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            try:
+                with torch.no_grad():
+                    self.attention(torch.zeros(1, 1, 3 * 16, dtype=torch.float16, device=f"cuda:{index}"), 1)
+                self._tried[index] = None
+            except (ValueError, RuntimeError) as error:
+                self._tried[index] = f"the CUDA extension does not run on cuda:{index}: {error}"
+        return self._tried[index]
 
     def _check(self, status: int) -> None:
         if status:
@@ -170,7 +194,8 @@ class Library:
 
         Args:
             qkv: (B, N, 3·heads·d), or (tokens, 3·heads·d) of packed images; the last axis adjacent.
-            cu_seqlens: (images + 1,) int32, where each packed image begins; its values are not checked.
+            cu_seqlens: (images + 1,) int32, where each packed image begins; wrong values give a wrong result, and touch
+                no other memory.
             max_seqlen: the longest packed image's tokens.
             arch: the path to take (70, 75, 80), 0 for the GPU's own.
 
@@ -187,6 +212,7 @@ class Library:
         if packed and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 2):
             got = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
             raise ValueError(f"cu_seqlens must be int32 of shape (images + 1,), got {got}")
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         dtype = self._place(qkv, "cu_seqlens", cu_seqlens)
         if not self.emulated and qkv.device.index != torch.cuda.current_device():
             with torch.cuda.device_of(qkv):
@@ -201,7 +227,7 @@ class Library:
         else:
             images, N, stride_b, starts = qkv.shape[0], qkv.shape[1], qkv.stride(0), None
         status = self._attention(
-            *(qkv.data_ptr(), starts, out.data_ptr(), dtype, images, N, num_heads, head_dim),
+            *(qkv.data_ptr(), starts, out.data_ptr(), dtype, images, N, qkv.shape[:-1].numel(), num_heads, head_dim),
             *(stride_b, qkv.stride(-2), arch, self._stream(qkv)),
         )
         self._check(status)

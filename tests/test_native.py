@@ -124,11 +124,11 @@ def test_attention_hands_over_what_it_was_given(emulated):
     qkv = torch.zeros(3, 20, 5, 100, dtype=torch.float16)[:, :, 2, :96]
     out = library.attention(qkv, 1)
     assert out.shape == (3, 20, 32) and out.is_contiguous()
-    assert seen(library, 12) == [qkv.data_ptr(), 0, out.data_ptr(), 0, 3, 20, 1, 32, 20 * 500, 500, 0, 0]
+    assert seen(library, 13) == [qkv.data_ptr(), 0, out.data_ptr(), 0, 3, 20, 60, 1, 32, 20 * 500, 500, 0, 0]
     starts = torch.tensor([0, 4, 4, 20], dtype=torch.int32)
     out = library.attention(qkv[0], 2, starts, 16, arch=80)
     assert out.shape == (20, 32)
-    assert seen(library, 12) == [qkv.data_ptr(), starts.data_ptr(), out.data_ptr(), 0, 3, 16, 2, 16, 0, 500, 80, 0]
+    assert seen(library, 13) == [qkv.data_ptr(), starts.data_ptr(), out.data_ptr(), 0, 3, 16, 20, 2, 16, 0, 500, 80, 0]
 
 
 @needs_cxx
@@ -166,7 +166,6 @@ def test_a_status_is_an_exception_with_the_librarys_text(emulated, status, error
         (lambda lib: lib.attention(torch.zeros(1, 2, 96)[..., ::2], 1), "last axis must be adjacent"),
         (lambda lib: lib.attention(torch.zeros(1, 2, 48, device="meta"), 1), "qkv is on meta"),
         (lambda lib: lib.attention(torch.zeros(2, 48), 1, torch.tensor([0, 2])), "cu_seqlens must be int32"),
-        (lambda lib: lib.attention(torch.zeros(2, 48), 1, torch.zeros(5, dtype=torch.int32)[::2]), "adjacent"),
         (lambda lib: lib.window_attention(torch.zeros(2, 2, 48), 1, 2), "qkv must have shape"),
         (
             lambda lib: lib.window_attention(torch.zeros(1, 2, 2, 48), 1, 2, torch.zeros(1, 3, 4)),
@@ -222,3 +221,40 @@ def test_the_library_is_loaded_once(monkeypatch, emulated):
     assert native.why_not_native() is None
     [line] = [finding for finding in doctor.examine() if finding.name == "CUDA extension"]
     assert line.ok and line.detail == "kernels for emulation"
+
+
+def test_a_gpu_is_tried_once(monkeypatch):
+    """What the driver says of the code is a reason, not an error; while a graph is captured nothing is tried."""
+    tried = []
+
+    class Refusing(native.Library):
+        def __init__(self):
+            self._tried = {}
+
+        def attention(self, qkv, num_heads):
+            tried.append(qkv.shape)
+            raise RuntimeError("cuLibraryLoadData: CUDA_ERROR_INVALID_IMAGE")
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: zeros(*shape, **options))
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    library, device = Refusing(), torch.device("cuda", 1)
+    assert library.why_not_run(device) is None and not tried
+    capturing[0] = False
+    for _ in range(2):
+        assert "does not run on cuda:1: cuLibraryLoadData: CUDA_ERROR_INVALID_IMAGE" in library.why_not_run(device)
+    assert tried == [(1, 1, 48)]
+
+
+@pytest.mark.parametrize(
+    ("built", "runs", "not_on"),
+    [("80", (80, 86, 89), (70, 75, 90, 120)), ("70 75 90", (70, 72, 75, 90), (80, 100)), ("86", (86, 87, 89), (80,))],
+)
+def test_architectures(built, runs, not_on):
+    """Code runs on its own major, from its minor on."""
+    library = native.Library.__new__(native.Library)
+    library.architectures = built
+    assert all(library.why_not_on(sm) is None for sm in runs)
+    for sm in not_on:
+        assert f"was built for {built.replace(' ', ', ')}, not for sm_{sm}" in library.why_not_on(sm)

@@ -151,12 +151,13 @@ rf_status rf_window_attention(
 }
 
 rf_status rf_attention(
-    const void *qkv, const int32_t *cu_seqlens, void *out, rf_dtype dtype, int64_t images, int64_t N, int64_t heads,
-    int64_t d, int64_t stride_b, int64_t stride_n, int arch, void *stream) {
+    const void *qkv, const int32_t *cu_seqlens, void *out, rf_dtype dtype, int64_t images, int64_t N, int64_t tokens,
+    int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int arch, void *stream) {
     clear_error();
     RF_CHECK(check_common(qkv, out, dtype, heads, d));
     RF_CHECK(check_size("images", images, 0));
     RF_CHECK(check_size("N", N, 0));
+    RF_CHECK(check_size("tokens", tokens, 0));
     RF_CHECK(check_stride("stride_n", stride_n));
     if (cu_seqlens)
         stride_b = 0;
@@ -174,6 +175,7 @@ rf_status rf_attention(
     p.heads = (int32_t)heads;
     p.head_dim = (int32_t)d;
     p.windows = 1;
+    p.tokens = tokens;
     p.N = (int32_t)N;
     return launch_attention(p, dtype, images, arch, stream);
 }

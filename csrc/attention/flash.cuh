@@ -39,6 +39,8 @@ RF_DEVICE void load_rows(
     }
 }
 
+RF_DEVICE float finite(float x) { return x == minus_infinity() ? 0.0f : x; }
+
 /* Two neighbours of a row of the bias; nothing is read past its last column. */
 template <class Type>
 RF_DEVICE void load_bias(const AttentionParams &p, const uint16_t *row, int column, int N, float *low, float *high) {
@@ -79,7 +81,9 @@ RF_DEVICE void flash(const AttentionParams &p) {
 
     Tile tile;
     tile.template load_queries<DIM>(q_rows + warp * 16 * PITCH);
-    sync_warp(); /* from here on these rows are the warp's own, for what it stages */
+    /* Queries' rows are done with; warps stage in their place what they change the layout of, each in its own 16. On
+     * sm_70 these may be others' rows still: the barrier before `weigh` comes first. */
+    sync_warp();
     uint16_t *const stage = q_rows + warp * 16 * query_pitch_of(Tile::PATH, DIM);
 
     const uint16_t *bias_rows[2] = {nullptr, nullptr};
@@ -90,7 +94,7 @@ RF_DEVICE void flash(const AttentionParams &p) {
         }
     }
     float outputs[OUTPUTS], largest[2], sum[2] = {0.0f, 0.0f};
-    largest[0] = largest[1] = -3.0e38f; /* not −∞: were a bias −∞ for 64 keys in a row, −∞ − −∞ would be NaN */
+    largest[0] = largest[1] = minus_infinity();
 #pragma unroll
     for (int e = 0; e < OUTPUTS; ++e) outputs[e] = 0.0f;
 
@@ -116,14 +120,15 @@ RF_DEVICE void flash(const AttentionParams &p) {
         for (int r = 0; r < 2; ++r) {
             highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], Tile::ROW_LANES_0));
             highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], Tile::ROW_LANES_1));
-            rescale[r] = exp2_fast(largest[r] - highest[r]);
+            largest[r] -= finite(highest[r]); /* a bias of −∞ may shut out all keys so far: −∞ − −∞ would be NaN */
+            rescale[r] = exp2_fast(largest[r]);
             largest[r] = highest[r];
             sum[r] *= rescale[r];
         }
 #pragma unroll
         for (int e = 0; e < SCORES; ++e) {
             const int r = (e >> 1) & 1;
-            scores[e] = exp2_fast(scores[e] - largest[r]);
+            scores[e] = exp2_fast(scores[e] - finite(largest[r]));
             sum[r] += scores[e];
         }
 #pragma unroll
@@ -144,7 +149,7 @@ RF_DEVICE void flash(const AttentionParams &p) {
     for (int r = 0; r < 2; ++r) {
         sum[r] += shuffle_xor(sum[r], Tile::ROW_LANES_0);
         sum[r] += shuffle_xor(sum[r], Tile::ROW_LANES_1);
-        sum[r] = 1.0f / sum[r];
+        sum[r] = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r]; /* 0: every key was shut out */
     }
     sync_warp();
 #pragma unroll

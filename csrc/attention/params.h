@@ -22,6 +22,7 @@ struct AttentionParams {
     int32_t H, W;      /* of the map */
     int32_t across;    /* windows in a row of them */
     int32_t windows;   /* of an image; 1 for whole images */
+    int64_t tokens;    /* of all packed images */
     int32_t N;         /* tokens of a window, or of the longest image */
     int32_t tiles;     /* of queries, for each head */
     int32_t aligned;   /* whether 16 bytes of qkv can be read at once */

@@ -34,8 +34,10 @@ RF_DEVICE Place find_place(const AttentionParams &p) {
         first = image * p.H * p.W;
         from += place.y0 * p.stride_h + place.x0 * p.stride_n;
     } else if (p.cu_seqlens) {
-        first = p.cu_seqlens[image];
-        place.N = (int)(p.cu_seqlens[image + 1] - first); /* may be more than was promised: all are keys */
+        /* Wrong values must not lead out of qkv. More tokens than N are all keys, though not all queries. */
+        first = max((int64_t)0, min((int64_t)p.cu_seqlens[image], p.tokens));
+        const int64_t end = max(first, min((int64_t)p.cu_seqlens[image + 1], p.tokens));
+        place.N = (int)(end - first);
         from = first * p.stride_n;
     }
     place.q = from + place.head * p.head_dim;

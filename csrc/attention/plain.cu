@@ -29,7 +29,7 @@ RF_DEVICE void attend(
     for (int c = lane; c < p.head_dim; c += 32) q[c] = queries[own + c];
     sync_warp();
 
-    float largest = -3.0e38f, sum = 0.0f, output[CHANNELS] = {};
+    float largest = minus_infinity(), sum = 0.0f, output[CHANNELS] = {};
     for (int start = 0; start < N; start += 32) {
         const int key = start + lane, last = min(key, N - 1);
         const int64_t offset = p.window ? offsets[last] : last * p.stride_n;
@@ -42,8 +42,9 @@ RF_DEVICE void attend(
         }
         if (key >= N) score = minus_infinity();
         const float highest = fmaxf(largest, warp_max(score));
-        const float rescale = exp2_exact(largest - highest);
-        const float weight = exp2_exact(score - highest);
+        const float base = highest == minus_infinity() ? 0.0f : highest; /* a bias of −∞ may shut out all keys so far */
+        const float rescale = exp2_exact(largest - base);
+        const float weight = exp2_exact(score - base);
         largest = highest;
         sum = sum * rescale + warp_sum(weight);
         for (int i = 0; i < CHANNELS; ++i) output[i] *= rescale;
@@ -58,7 +59,7 @@ RF_DEVICE void attend(
     }
     for (int i = 0; i < CHANNELS; ++i) {
         const int c = lane + 32 * i;
-        if (c < p.head_dim) ((float *)p.out)[place.out + token * p.heads * p.head_dim + c] = output[i] / sum;
+        if (c < p.head_dim) ((float *)p.out)[place.out + token * p.heads * p.head_dim + c] = sum == 0.0f ? 0.0f : output[i] / sum;
     }
 }
 

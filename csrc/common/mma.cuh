@@ -10,8 +10,8 @@
 
 #define RF_DEVICE __device__ __forceinline__
 #define RF_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-/* A kernel of THREADS threads by its plain name, so that the host finds it in the image. Two blocks a multiprocessor are
- * always possible; told nothing, ptxas aims for more and spills. */
+/* A kernel of THREADS threads by its plain name, so that the host finds it in the image. Registers for two
+ * blocks a multiprocessor are asked for; told nothing, ptxas aims for more blocks and spills. */
 #define RF_KERNEL(name, Params) \
     extern "C" __global__ void __launch_bounds__(rf::THREADS, 2) name(const __grid_constant__ Params p)
 
@@ -70,13 +70,13 @@ struct BF16 { /* pack: on sm_80 and newer */
 
 #if __CUDA_ARCH__ >= 800
 RF_DEVICE void mma_m16n8k16(F16, float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 RF_DEVICE void mma_m16n8k16(BF16, float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -95,7 +95,7 @@ RF_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory
 
 #if __CUDA_ARCH__ >= 750
 RF_DEVICE void mma_m16n8k8(float *d, uint32_t a0, uint32_t a1, uint32_t b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(b));
 }
@@ -115,14 +115,14 @@ RF_DEVICE void load_matrices_transposed(uint32_t *r, const void *row) {
 /* Four products at once, one for each group of eight lanes (0…3 and 16…19, 4…7 and 20…23, …). b's layout: its columns
  * (row.col) or its rows (row.row) are what a lane holds four neighbours of. */
 RF_DEVICE void mma_m8n8k4_col(float *d, const uint32_t *a, const uint32_t *b) {
-    asm("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11},"
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11},"
         " {%0,%1,%2,%3,%4,%5,%6,%7};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
         : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]));
 }
 
 RF_DEVICE void mma_m8n8k4_row(float *d, const uint32_t *a, const uint32_t *b) {
-    asm("mma.sync.aligned.m8n8k4.row.row.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11},"
+    asm volatile("mma.sync.aligned.m8n8k4.row.row.f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11},"
         " {%0,%1,%2,%3,%4,%5,%6,%7};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
         : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]));

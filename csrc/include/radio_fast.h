@@ -57,14 +57,16 @@ RF_API rf_status rf_window_attention(
 /* softmax(q·kᵀ / √d)·v for each head of each image.
  *
  * qkv: (images, N, 3·heads·d), as above; out: (images, N, heads·d), contiguous.
+ * tokens: rows that qkv has in all, images · N unless packed; nothing outside them is read or written, whatever
+ * cu_seqlens says.
  * cu_seqlens: null; or images + 1 int32 on the device, where each packed image begins: qkv is then (tokens, 3·heads·d),
  * out (tokens, heads·d), N the longest image's tokens (what a longer one has beyond, rounded up to 64, is not written),
  * stride_b unused.
  * d: 16, 32, 64, 72, 80 or 96.
  */
 RF_API rf_status rf_attention(
-    const void *qkv, const int32_t *cu_seqlens, void *out, rf_dtype dtype, int64_t images, int64_t N, int64_t heads,
-    int64_t d, int64_t stride_b, int64_t stride_n, int arch, void *stream);
+    const void *qkv, const int32_t *cu_seqlens, void *out, rf_dtype dtype, int64_t images, int64_t N, int64_t tokens,
+    int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int arch, void *stream);
 
 #ifdef __cplusplus
 }

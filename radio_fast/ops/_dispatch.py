@@ -33,7 +33,7 @@ INTERPRETED_SM = 90  # whose configurations the interpreter runs, unless RADIO_F
 def sm_of(device: torch.device) -> int:
     """The architecture whose configurations the kernels take on `device`."""
     if device.type != "cuda":
-        return int(os.environ.get("RADIO_FAST_ARCH") or INTERPRETED_SM)
+        return arch_of(99, 9).sm if os.environ.get("RADIO_FAST_ARCH") else INTERPRETED_SM
     return arch_of(*torch.cuda.get_device_capability(device)).sm
 
 
@@ -78,11 +78,21 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels are for NVIDIA GPUs, not for {device.type}"
     try:
         path = native_path(device)
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     except ValueError as error:
         return str(error)
+    if major:
+        reason = native.library().why_not_on(10 * major + minor) or native.library().why_not_run(device)
+        if reason is not None:
+            return reason
     if dtype == torch.bfloat16 and path < 80:
         return f"bfloat16 needs sm_80 or newer, this is sm_{path}'s path: use float16"
     return None
+
+
+# torch.compile takes the answer as it is at tracing, and does not look inside, where a lock would end its graph. What
+# torch.compiler.assume_constant_result does, without its import of the compiler.
+why_not_native._dynamo_marked_constant = True
 
 
 def _why_not_now(tensors: list[Tensor]) -> str | None:
@@ -126,7 +136,7 @@ def choose(
         if reason is None:
             return "triton"
     if backend == "cuda" or (backend == "auto" and native_limit is None):
-        reason = native_limit or why_not_native(device, present[0].dtype) or _why_not_now(present)
+        reason = native_limit or _why_not_now(present) or why_not_native(device, present[0].dtype)
         if reason is None and (backend == "cuda" or present[0].dtype != torch.float32):
             return "cuda"
     if backend == "auto":

@@ -53,6 +53,8 @@ def _limit(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, window: tuple
         if window is not None:
             return "cu_seqlens and window can't be combined"
     if window is not None:
+        if len(window) != 3 or not all(isinstance(side, int) and side >= 1 for side in window):
+            return f"window must be (h, w, k), positive numbers, got {window}"
         h, w, k = window
         if k < 1 or h % k or w % k or h * w != qkv.shape[1]:
             return f"window (h, w, k) needs h·w = {qkv.shape[1]} tokens and k dividing both sides, got {window}"
@@ -90,6 +92,8 @@ def attention(
         return attention_ref(qkv, num_heads, cu_seqlens, window)
     if cu_seqlens is not None and max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max())
+    elif max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
+        raise ValueError(f"max_seqlen must be the longest packed image's tokens, got {max_seqlen!r}")
     operator = torch.ops.radio_fast.attention if chosen == "triton" else torch.ops.radio_fast.attention_cuda
     return operator(qkv, num_heads, cu_seqlens, max_seqlen or 0, list(window or ()))
 

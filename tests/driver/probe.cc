@@ -27,9 +27,9 @@ rf_status rf_window_attention(
 }
 
 rf_status rf_attention(
-    const void *qkv, const int32_t *cu_seqlens, void *out, rf_dtype dtype, int64_t images, int64_t N, int64_t heads,
-    int64_t d, int64_t stride_b, int64_t stride_n, int arch, void *stream) {
-    return keep(qkv, cu_seqlens, out, dtype, images, N, heads, d, stride_b, stride_n, arch, stream);
+    const void *qkv, const int32_t *cu_seqlens, void *out, rf_dtype dtype, int64_t images, int64_t N, int64_t tokens,
+    int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int arch, void *stream) {
+    return keep(qkv, cu_seqlens, out, dtype, images, N, tokens, heads, d, stride_b, stride_n, arch, stream);
 }
 
 #ifdef EMULATION

@@ -16,7 +16,7 @@ library = ctypes.CDLL(sys.argv[1])
 library.rf_last_error.restype = ctypes.c_char_p
 pointer, size = ctypes.c_void_p, ctypes.c_int64
 library.rf_window_attention.argtypes = [pointer] * 3 + [ctypes.c_int] + [size] * 11 + [ctypes.c_int, pointer]
-library.rf_attention.argtypes = [pointer] * 3 + [ctypes.c_int] + [size] * 6 + [ctypes.c_int, pointer]
+library.rf_attention.argtypes = [pointer] * 3 + [ctypes.c_int] + [size] * 7 + [ctypes.c_int, pointer]
 FLOAT16, FLOAT32 = 0, 2
 
 
@@ -72,10 +72,35 @@ def main() -> None:
         qkv, out = exact((N, 3 * heads * dim), dtype), np.full((N, heads * dim), np.nan, dtype)
         starts = np.array([0, N], np.int32)
         status = library.rf_attention(
-            qkv.ctypes.data, starts.ctypes.data, out.ctypes.data, kind, 1, N, heads, dim, 0, qkv.shape[1], sm, None
+            *(
+                qkv.ctypes.data,
+                starts.ctypes.data,
+                out.ctypes.data,
+                kind,
+                1,
+                N,
+                N,
+                heads,
+                dim,
+                0,
+                qkv.shape[1],
+                sm,
+                None,
+            )
         )
         assert status == 0, library.rf_last_error().decode()
         assert np.abs(out - attention(qkv, heads)).max() < (2e-5 if kind == FLOAT32 else 8e-3)
+        for wrong in (
+            [0, 10**8],
+            [-(10**8), N],
+            [N, 0],
+            [5 * N, 9 * N],
+        ):  # values of the caller's: nothing may be touched
+            starts[:] = wrong
+            assert not library.rf_attention(
+                *(qkv.ctypes.data, starts.ctypes.data, out.ctypes.data, kind, 1, N, N, heads, dim, 0, qkv.shape[1], sm),
+                None,
+            )
         count += 1
     sys.stdout.write(f"{count} cases without a bad access\n")
 

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -209,6 +210,8 @@ rf_status current_device(Device *device) {
 rf_status launch(const Launch &what, const void *params, size_t) {
     for (const emu::Kernel &kernel : emu::kernels()) {
         if (kernel.source != what.source || kernel.name != what.kernel) continue;
+        static std::mutex one_at_a_time;
+        std::lock_guard<std::mutex> lock(one_at_a_time);
         emu::machine.run = kernel.run;
         emu::machine.params = params;
         while (emu::machine.fibres.size() < what.block) emu::machine.fibres.push_back(std::make_unique<emu::Fibre>());

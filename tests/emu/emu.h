@@ -2,7 +2,8 @@
  * 32 lanes and are then done at once, in the lane layouts that the PTX ISA documents.
  *
  * It is built to be unkind: fibres run in an order that a seed decides, asynchronous copies arrive only when they are
- * waited for, shared memory is exactly as long as asked for and full of NaN. A missing barrier, wait or mask shows.
+ * waited for, shared memory is exactly as long as asked for and full of NaN. A missing barrier of the block, wait or mask
+ * shows. A missing __syncwarp need not: every common instruction is a meeting of the lanes here, on a GPU it is not.
  */
 #ifndef RADIO_FAST_EMU_H
 #define RADIO_FAST_EMU_H

@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import radio_fast
+from bench.cuda_report import shared_memory
 from radio_fast import native, ops
 from tests.conftest import GOLDEN, golden_source, outlier_input, qkv_like
 from tests.emu.build import CSRC, build_emulation
@@ -180,6 +182,21 @@ def test_keys_shut_out(sm, dtype, path, device, guarded):
     check_window(qkv_like(1, 9, 9, 3 * 32, dtype=dtype, device=device), 1, 9, bias)
 
 
+@pytest.mark.parametrize(("sm", "dtype"), PATHS, ids=str)
+@pytest.mark.parametrize("window", (3, 9))
+def test_every_key_shut_out(window, sm, dtype, path, device, guarded):
+    """Queries whose bias is −∞ throughout get 0, as torch gives them; the others what they always get."""
+    path(sm)
+    qkv = qkv_like(1, window, window, 3 * 32, dtype=dtype, device=device)
+    bias = bias_like(1, window, dtype=dtype, device=device)
+    expected = ops.window_attention(qkv, 1, window, bias, backend="cuda").flatten(1, 2)
+    bias[:, ::2] = -math.inf
+    actual = ops.window_attention(qkv, 1, window, bias, backend="cuda").flatten(1, 2)
+    assert torch.equal(actual[:, 1::2], expected[:, 1::2])
+    assert (actual[:, ::2] == 0).all()
+    assert (ops.window_attention(qkv, 1, window, bias, backend="reference").flatten(1, 2)[:, ::2] == 0).all()
+
+
 def test_random_cases(path, device, guarded):
     draw = random.Random(11)
     for seed in range(24):
@@ -305,6 +322,66 @@ def test_bfloat16_before_sm_80(path, device):
         path(sm)
         with pytest.raises(ValueError, match=f"bfloat16 needs sm_80 or newer, this is sm_{sm}'s path: use float16"):
             ops.attention(torch.zeros(1, 4, 48, dtype=BFLOAT, device=device), 1, backend="cuda")
+
+
+@pytest.mark.parametrize("max_seqlen", (0, -1, 3.5, 1 << 31))
+def test_longest(max_seqlen, device):
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="max_seqlen must be the longest packed image's tokens, got "):
+        ops.attention(torch.zeros(4, 48, dtype=HALF, device=device), 1, cu_seqlens, max_seqlen, backend="cuda")
+
+
+@pytest.mark.parametrize("window", ((-3, -4, 1), (2, 2), (4.0, 1, 1), (0, 4, 1)))
+def test_odd_windows(window, device):
+    with pytest.raises(ValueError, match=r"window must be \(h, w, k\), positive numbers|needs h·w = 12 tokens"):
+        ops.attention(torch.zeros(1, 12, 48, dtype=HALF, device=device), 1, window=window, backend="cuda")
+
+
+def test_starts_between_others(device):
+    """cu_seqlens need not be contiguous."""
+    qkv = qkv_like(20, 3 * 16, dtype=HALF, device=device)
+    starts = torch.tensor([0, 7, 20], dtype=torch.int32, device=device)
+    strided = torch.stack([starts, starts + 99], 1)[:, 0]
+    expected = ops.attention(qkv, 1, starts, 13, backend="cuda")
+    assert torch.equal(ops.attention(qkv, 1, strided, 13, backend="cuda"), expected)
+
+
+def test_compile(device):
+    """One graph, without a look inside the choice or the library."""
+
+    def both(qkv):
+        return ops.window_attention(qkv, 1, 2, backend="cuda"), ops.attention(qkv.flatten(1, 2), 1, backend="cuda")
+
+    qkv = qkv_like(1, 4, 6, 3 * 16, dtype=HALF, device=device)
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(compiled(qkv), both(qkv), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation")
+def test_threads(device):
+    qkv = qkv_like(1, 9, 9, 3 * 32, dtype=HALF, device=device)
+    expected = ops.window_attention(qkv, 1, 9, backend="cuda")
+    with ThreadPoolExecutor(4) as pool:
+        for actual in pool.map(lambda _: ops.window_attention(qkv, 1, 9, backend="cuda"), range(8)):
+            assert torch.equal(actual, expected)
+
+
+@needs_compiler
+def test_report_knows_the_shared_memory(tmp_path):
+    """bench/cuda_report.py repeats params.h's formula."""
+    program = tmp_path / "sizes.cc"
+    program.write_text(
+        '#include <stdio.h>\n#include <initializer_list>\n#include "params.h"\nint main() {'
+        "for (int path : {70, 75, 80}) for (int dim : {16, 32, 64, 80, 96})"
+        'printf("sm%d %d %d\\n", path, dim, rf::shared_bytes_of(path, dim, 16));'
+        'printf("plain 0 %d\\n", rf::plain_shared_bytes_of(16)); }'
+    )
+    include = [f"-I{CSRC / name}" for name in ("common", "attention")]
+    subprocess.run(["g++", "-std=c++17", *include, program, "-o", tmp_path / "sizes"], check=True)
+    lines = subprocess.run([tmp_path / "sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 16
+    for source, dim, size in map(str.split, lines):
+        assert shared_memory(source, int(dim)) == int(size), (source, dim)
 
 
 # -- the emulation is unkind enough -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from radio_fast import ops
+from radio_fast import native, ops
 from radio_fast.arch import ARCHS, arch_of
 from radio_fast.ops import _dispatch
 from radio_fast.runtime import resolve_backend
@@ -52,12 +52,30 @@ def test_triton_multiplies_matrices_only_with_tensor_cores(gpu, sm):
             _dispatch.choose("linear", "triton", tensor, needs_dot=True)
 
 
+class Built:
+    """A library with code for all GPUs."""
+
+    emulated = False
+    architectures = " ".join(map(str, ARCHS))
+
+    @classmethod
+    def why_not_on(cls, sm: int) -> str | None:
+        return native.Library.why_not_on(cls, sm)
+
+    refusal: str | None = None
+
+    @classmethod
+    def why_not_run(cls, device: torch.device) -> str | None:
+        return cls.refusal
+
+
 @pytest.mark.parametrize("op", ["attention", "window_attention"])
 @pytest.mark.parametrize("sm", ARCHS)
 def test_extension_where_triton_has_no_tensor_cores(gpu, monkeypatch, sm, op):
     """Before sm_80 in float16; float32 has no tensor-core form there, bfloat16 none at all."""
     gpu(sm)
     monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
+    monkeypatch.setattr(_dispatch.native, "library", lambda: Built)
 
     def chosen(backend: str, dtype: torch.dtype = torch.float16, **limits) -> str:
         return _dispatch.choose(op, backend, Anywhere(CUDA, dtype), needs_dot=True, **{"native_limit": None} | limits)
@@ -72,6 +90,15 @@ def test_extension_where_triton_has_no_tensor_cores(gpu, monkeypatch, sm, op):
         assert chosen("auto", torch.bfloat16) == "reference"
         with pytest.raises(ValueError, match=f"{op} can't run here: bfloat16 needs sm_80 or newer"):
             chosen("cuda", torch.bfloat16)
+    Built.architectures = "90" if sm < 80 else "70"
+    assert chosen("auto") == ("triton" if sm >= 80 else "reference"), "no code for this GPU in the library"
+    with pytest.raises(ValueError, match=f"the CUDA extension was built for .., not for sm_{sm}"):
+        chosen("cuda")
+    Built.architectures = " ".join(map(str, ARCHS))
+    monkeypatch.setattr(Built, "refusal", "the driver is too old")
+    assert chosen("auto") == ("triton" if sm >= 80 else "reference")
+    with pytest.raises(ValueError, match="the driver is too old"):
+        chosen("cuda")
     monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: "the CUDA extension was not built")
     assert chosen("auto") == ("triton" if sm >= 80 else "reference")
     with pytest.raises(ValueError, match=f"the cuda backend of {op} can't run here: the CUDA extension was not built"):
@@ -87,10 +114,6 @@ def test_extension_is_named_in_vain_for_other_ops(gpu, monkeypatch):
 
 def test_extension_leaves_the_cpu_alone(monkeypatch):
     """A built library does not run there; only the tests' emulation does."""
-
-    class Built:
-        emulated = False
-
     monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
     monkeypatch.setattr(_dispatch.native, "library", Built)
     with pytest.raises(ValueError, match="the CUDA extension's kernels are for NVIDIA GPUs, not for the CPU"):

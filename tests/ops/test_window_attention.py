@@ -160,6 +160,19 @@ def test_scores_far_apart(where, window, dtype, device, guarded):
     check(qkv, 1, window, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", (3, 9))
+def test_every_key_shut_out(window, dtype, device, guarded):
+    """Queries whose bias is −∞ throughout get 0, as torch gives them; the others what they always get."""
+    qkv = qkv_like(1, window, window, 3 * 32, dtype=dtype, device=device)
+    bias = bias_like(1, window, dtype=dtype, device=device)
+    expected = ops.window_attention(qkv, 1, window, bias, backend="triton").flatten(1, 2)
+    bias[:, ::2] = -math.inf
+    actual = ops.window_attention(qkv, 1, window, bias, backend="triton").flatten(1, 2)
+    assert torch.equal(actual[:, 1::2], expected[:, 1::2])
+    assert (actual[:, ::2] == 0).all()
+
+
 @pytest.mark.parametrize("window", (7, 14))
 def test_keys_shut_out(window, device, guarded):
     """A bias of −∞, for whole blocks of keys too."""
