@@ -60,6 +60,13 @@ def _cuda_extension() -> Finding:
     reason = native.why_not_native()
     if reason is not None:
         return Finding("CUDA extension", None, reason)
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        reason = native.library().why_not_on(10 * major + minor) or native.library().why_not_run(
+            torch.device("cuda", index)
+        )
+        if reason is not None:
+            return Finding("CUDA extension", None, reason)
     return Finding("CUDA extension", True, f"kernels for {native.library().architectures.replace(' ', ', ')}")
 
 

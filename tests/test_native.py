@@ -258,3 +258,20 @@ def test_architectures(built, runs, not_on):
     assert all(library.why_not_on(sm) is None for sm in runs)
     for sm in not_on:
         assert f"was built for {built.replace(' ', ', ')}, not for sm_{sm}" in library.why_not_on(sm)
+
+
+@needs_cxx
+def test_doctor_looks_at_the_gpus(monkeypatch, tmp_path):
+    """A library without this GPU's code is no "ok"."""
+    monkeypatch.setenv("RADIO_FAST_LIBRARY", str(probe(tmp_path / "probe.so")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(native.Library, "why_not_on", lambda self, sm: f"not for sm_{sm}")
+    finding = doctor._cuda_extension()
+    assert (finding.ok, finding.detail) == (None, "not for sm_75")
+    monkeypatch.setattr(native.Library, "why_not_on", lambda self, sm: None)
+    monkeypatch.setattr(native.Library, "why_not_run", lambda self, device: "the driver is too old")
+    assert doctor._cuda_extension().detail == "the driver is too old"
+    monkeypatch.setattr(native.Library, "why_not_run", lambda self, device: None)
+    assert doctor._cuda_extension().ok
