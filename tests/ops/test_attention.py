@@ -221,7 +221,7 @@ BAD = {  # (what to call the op with, what its message says)
     "both": ((QKV[0], 2, ENDS, None, (4, 6, 2)), "cu_seqlens and window can't be combined"),
     "grid": ((QKV, 2, None, None, (4, 5, 1)), "window (h, w, k) needs h·w = 24 tokens and k dividing both sides"),
     "side": ((QKV, 2, None, None, (4, 6, 4)), "needs h·w = 24 tokens and k dividing both sides, got (4, 6, 4)"),
-    "no side": ((QKV, 2, None, None, (4, 6, 0)), "needs h·w = 24 tokens and k dividing both sides, got (4, 6, 0)"),
+    "no side": ((QKV, 2, None, None, (4, 6, 0)), "window must be (h, w, k), positive numbers, got (4, 6, 0)"),
 }
 
 
