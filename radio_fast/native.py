@@ -235,7 +235,7 @@ class Library:
 
 
 _lock = threading.Lock()
-_found: dict[Path, Library | LibraryError] = {}
+_found: dict[str, Library | LibraryError] = {}  # by what RADIO_FAST_LIBRARY says: every op asks, paths take 7 µs
 
 
 def library() -> Library:
@@ -244,17 +244,17 @@ def library() -> Library:
     Raises:
         LibraryError: there is none that can be used; every call says the same, with the reason.
     """
-    path = Path(os.environ.get("RADIO_FAST_LIBRARY") or Path(__file__).with_name(LIBRARY)).absolute()
-    found = _found.get(path)
+    named = os.environ.get("RADIO_FAST_LIBRARY", "")
+    found = _found.get(named)
     if found is None:
         with _lock:
-            found = _found.get(path)
+            found = _found.get(named)
             if found is None:
                 try:
-                    found = Library(path)
+                    found = Library(Path(named or Path(__file__).with_name(LIBRARY)).absolute())
                 except LibraryError as error:
                     found = error
-                _found[path] = found
+                _found[named] = found
     if isinstance(found, LibraryError):
         raise LibraryError(str(found))
     return found
