@@ -23,6 +23,7 @@ from bench.eradio_state import Config, random_state, write_checkpoint
 from bench.harness import compare, compiled, time_on_cpu, time_rivals
 from bench.plain_eradio import PlainERADIO
 from bench.shapes import FULL
+from tests.numerics import assert_tokens
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -67,7 +68,8 @@ def test_forward(benchmark, models, pixels, batch):
         if CUDA and (batch == 8 or FULL):  # each shape takes torch.compile a minute
             rivals["plain, autocast, compiled"] = compiled(rival)
         with FlopCounterMode(display=False) as counter:
-            plain(conditioner(x))
+            _, truth = plain(conditioner(x))
+        assert_tokens(ours(x).features, truth)  # what is fast and wrong is not to be timed
         moved = sum(p.numel() * p.element_size() for p in ours.parameters())
         timer = time_rivals if CUDA else time_on_cpu
         compare(benchmark, rivals, counter.get_total_flops(), moved, ours="radio_fast", timer=timer)
