@@ -323,7 +323,8 @@ def _case(dtype: str, row: LinearRow, activation: str | None, norm: bool, tma: b
     signature = {
         "x": f"tensordesc<{dtype}[{row.BLOCK_M}, {row.BLOCK_K}]>" if tma else f"*{dtype}",
         "weight": f"tensordesc<{dtype}[{block_n}, {row.BLOCK_K}]>" if tma else f"*{dtype}",
-        **dict.fromkeys(("bias", "out", *(name for name, given in optional.items() if given)), f"*{dtype}"),
+        "bias": "*fp32",  # as layers.mlp.Linear keeps it
+        **dict.fromkeys(("out", *(name for name, given in optional.items() if given)), f"*{dtype}"),
         **dict.fromkeys(("mean", "rstd") if norm else (), "*fp32"),
         **dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_rm"), "i32"),
         "norm_scale": "fp32",

@@ -10,19 +10,13 @@ import re
 from pathlib import Path
 
 from radio_fast.models.registry import Version
+from radio_fast.paths import default_cache_dir
 
 logger = logging.getLogger(__name__)
 
 
 class DownloadError(RuntimeError):
     """Weights that could not be fetched; the message says why and what else can be done."""
-
-
-def default_cache_dir() -> Path:
-    """RADIO_FAST_CACHE, else `radio_fast` under XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("RADIO_FAST_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "radio_fast"
 
 
 def fetch_version(

@@ -5,6 +5,8 @@ from collections import OrderedDict
 
 from torch import Tensor
 
+from radio_fast.ops._dispatch import capturing
+
 
 class TensorCache:
     """Tensors computed from weights, one per key, least recently used out first, at most `max_bytes` of them.
@@ -31,6 +33,8 @@ class TensorCache:
             return found[1]
 
     def put(self, key: tuple, stamp: tuple, value: Tensor) -> None:
+        if capturing(value.device):
+            return  # it belongs to a graph, and is not there before that is replayed
         size = value.untyped_storage().nbytes()
         with self.lock:
             if key in self.entries:

@@ -6,7 +6,7 @@ Each takes `backend`: "reference" is plain PyTorch, the truth that every kernel 
 
 from radio_fast.ops.attention import attention
 from radio_fast.ops.blend import blend
-from radio_fast.ops.linear import linear, ln_linear
+from radio_fast.ops.linear import linear, linear_add_norm, ln_linear
 from radio_fast.ops.norm import add_layer_norm, add_norm_stats, dynamic_tanh, layer_norm, norm_stats
 from radio_fast.ops.patch_embed import patch_embed
 from radio_fast.ops.pos_embed import pos_embed, pos_embed_varlen
@@ -20,6 +20,7 @@ __all__ = [
     "dynamic_tanh",
     "layer_norm",
     "linear",
+    "linear_add_norm",
     "ln_linear",
     "norm_stats",
     "padded_bias",

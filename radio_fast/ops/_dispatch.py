@@ -1,15 +1,17 @@
-"""Which implementation of an op runs: plain PyTorch or a kernel.
+"""Which implementation of an op runs: plain PyTorch, a kernel of ours, or one of another package.
 
-Every op has a plain form `*_ref` in its file, and an operator `torch.ops.radio_fast.<op>` that runs the Triton kernel;
-some have a kernel in the CUDA extension too, `torch.ops.radio_fast.<op>_cuda`.
-`choose` decides between them; an implementation asked for by name that can't run is an error, never a silent
-replacement.
+Every op is an `Op`: its plain form ("reference", the truth), and what may take its place, by name. "triton" and "cuda"
+are the kernels of this package, `torch.ops.radio_fast.<op>` and `<op>_cuda`. `Op.choose` decides: on a GPU the
+implementation that `_tuning` measured to be the fastest one there, or the first of a shipped order; one asked for by
+name that can't run is an error, never a silent replacement.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,10 @@ from torch import Tensor
 from radio_fast import native
 from radio_fast.arch import arch_of
 
-BACKENDS = ("auto", "reference", "triton")  # of a whole model; "cuda" is some ops'
+BACKENDS = ("auto", "reference", "triton")  # of a whole model; "cuda" and others are some ops'
 LIBRARY = torch.library.Library("radio_fast", "FRAGMENT")
+HALF = (torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (*HALF, torch.float32)
 
 
 def interpreting() -> bool:
@@ -90,58 +94,176 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-# torch.compile takes the answer as it is at tracing, and does not look inside, where a lock would end its graph. What
-# torch.compiler.assume_constant_result does, without its import of the compiler.
-why_not_native._dynamo_marked_constant = True
-
-
-def _why_not_now(tensors: list[Tensor]) -> str | None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+def _why_not_now(args: tuple) -> str | None:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return "the kernels have no backward: use torch.no_grad() or the reference backend"
-    if torch.is_autocast_enabled(tensors[0].device.type):
+    if torch.is_autocast_enabled(args[0].device.type):
         return "autocast is on: cast the model with .to(dtype) instead, or use the reference backend"
     return None
 
 
-def choose(
-    op: str,
-    backend: str,
-    *tensors: Tensor | None,
-    needs_dot: bool,
-    limit: str | None = None,
-    native_limit: str | None = "it has no kernel there",
-) -> str:
-    """The implementation that this call runs: "reference", "triton" or "cuda" (the CUDA extension).
+def accelerated(device: torch.device) -> bool:
+    """Whether "auto" looks for anything but plain PyTorch on `device`."""
+    return device.type == "cuda"
 
-    `backend` is what the caller wants; the environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
-    "auto" takes a kernel where one runs: on a GPU, outside autograd and autocast, within the kernel's limits (`limit`
-    and `native_limit` are what this call breaks of Triton's and the CUDA extension's, if any); Triton's first, and the
-    extension's in 16 bits only, where it has tensor cores. Else it takes plain PyTorch.
 
-    Raises:
-        ValueError: no such backend, or one was asked for that can't run; the message says why.
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured: what is computed now exists once the graph is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Implementation(NamedTuple):
+    """run: takes what the op's plain form takes. why_not: None where it runs on a device in a dtype, else the reason.
+
+    shipped: the dtypes in which "auto" takes it unmeasured; in others only a measurement, or its name, makes it run.
     """
-    if backend == "auto":
-        backend = os.environ.get(f"RADIO_FAST_{op.upper()}") or os.environ.get("RADIO_FAST_BACKEND") or "auto"
-    if backend not in (*BACKENDS, "cuda"):
-        known = ", ".join(map(repr, (*BACKENDS, "cuda")))
-        raise ValueError(f"backend of {op} must be one of {known}, got {backend!r}")
-    present = [t for t in tensors if t is not None]
-    device = present[0].device
-    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+
+    run: Callable[..., Any]
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+    shipped: tuple[torch.dtype, ...]
+
+
+def _runs(device: torch.device, dtype: torch.dtype) -> None:
+    """Why plain PyTorch does not: no reason."""
+
+
+class Op:
+    """One operation and its implementations, in the order in which "auto" takes them unmeasured.
+
+    Args:
+        name: as in RADIO_FAST_<NAME> and the tuning file.
+        reference: the plain form.
+        key: of a call's arguments, their bucket of shapes: each is measured once. None: the shipped order, unmeasured.
+        first: of a call's arguments, the implementation that then heads the shipped order ("": as it is).
+        batched: which of its arguments have the batch as their first axis (their results have it too): an
+            implementation is checked on the first and the last image of a batch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        key: Callable[..., str | None],
+        batched: tuple[int, ...] = (0,),
+        first: Callable[..., str] = lambda *args: "",
+    ):
+        self.name = name
+        self.variable = f"RADIO_FAST_{name.upper()}"
+        self.key = key
+        self.first = first
+        self.batched = batched
+        self.implementations = {"reference": Implementation(reference, _runs, KERNEL_DTYPES)}
+        self._rankings: dict[tuple, tuple[str, ...]] = {}
+        OPS[name] = self
+
+    def add(
+        self,
+        name: str,
+        run: Callable[..., Any],
+        why_not: Callable[[torch.device, torch.dtype], str | None],
+        shipped: tuple[torch.dtype, ...] = KERNEL_DTYPES,
+    ) -> None:
+        """One more implementation; plain PyTorch stays the last of those that are shipped."""
+        self.implementations[name] = Implementation(run, why_not, shipped)
+        if shipped:
+            self.implementations["reference"] = self.implementations.pop("reference")
+
+    def __call__(self, backend: str, args: tuple, limits: Mapping[str, str | None]) -> Any:
+        """Run what `choose` says."""
+        return self.implementations[self.choose(backend, args, limits)].run(*args)
+
+    def choose(self, backend: str, args: tuple, limits: Mapping[str, str | None]) -> str:
+        """The name of the implementation that this call runs.
+
+        Args:
+            backend: what the caller wants; the environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
+            args: of the call; the first one is a tensor, and says on which device and in which dtype.
+            limits: what the call breaks of an implementation's limits, by its name.
+
+        Raises:
+            ValueError: no such backend, or one was asked for that can't run; the message says why.
+        """
+        if backend == "auto":
+            backend = os.environ.get(self.variable) or os.environ.get("RADIO_FAST_BACKEND") or "auto"
+        if backend == "reference" or (backend == "auto" and not accelerated(args[0].device)):
+            return "reference"
+        if backend != "auto":
+            self._require(backend, args, limits)
+            return backend
+        if _why_not_now(args) is not None:
+            return "reference"
+        for name in self._ranking(args, limits):
+            if limits.get(name) is None:
+                return name
         return "reference"
-    reason = None
-    if backend != "cuda":
-        reason = limit or why_not_triton(device, needs_dot) or _why_not_now(present)
-        if reason is None:
-            return "triton"
-    if backend == "cuda" or (backend == "auto" and native_limit is None):
-        reason = native_limit or _why_not_now(present) or why_not_native(device, present[0].dtype)
-        if reason is None and (backend == "cuda" or present[0].dtype != torch.float32):
-            return "cuda"
-    if backend == "auto":
-        return "reference"
-    raise ValueError(f"the {backend} backend of {op} can't run here: {reason}")
+
+    def _require(self, backend: str, args: tuple, limits: Mapping[str, str | None]) -> None:
+        known = dict.fromkeys((*BACKENDS, "cuda", *self.implementations))
+        if backend not in known:
+            raise ValueError(f"backend of {self.name} must be one of {', '.join(map(repr, known))}, got {backend!r}")
+        if backend not in self.implementations:
+            reason = "it has no kernel there"
+        else:
+            implementation = self.implementations[backend]
+            reason = limits.get(backend) or _why_not_now(args) or implementation.why_not(args[0].device, args[0].dtype)
+        if reason is not None:
+            raise ValueError(f"the {backend} backend of {self.name} can't run here: {reason}")
+
+    def _ranking(self, args: tuple, limits: Mapping[str, str | None]) -> tuple[str, ...]:
+        """What runs on the device of `args`, best first."""
+        device, dtype, first = args[0].device, args[0].dtype, self.first(*args)
+        if torch.compiler.is_compiling():  # nothing can be measured, nor remembered
+            return shipped_order(self.name, device, dtype, first)
+        key = self.key(*args)
+        barred = tuple(limits.items()) if any(limits.values()) else None
+        slot = (device, dtype, os.environ.get("RADIO_FAST_ARCH"), key, first, barred)
+        ranking = self._rankings.get(slot)
+        if ranking is None:
+            from radio_fast.ops import _tuning  # it imports this module
+
+            ranking = shipped_order(self.name, device, dtype, first)
+            if key is not None and _tuning.enabled():
+                measured = _tuning.rank(self, key, args, limits, ranking)
+                if measured is None:  # not now: asked again in the next call
+                    return ranking
+                ranking = measured
+            self._rankings[slot] = ranking
+        return ranking
+
+    def usable(self, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+        """Each implementation's reason not to run on `device` in `dtype`, None where it does."""
+        return {name: one.why_not(device, dtype) for name, one in self.implementations.items()}
+
+    def forget(self) -> None:
+        """Decide anew from the next call on."""
+        self._rankings.clear()
+
+
+OPS: dict[str, Op] = {}
+
+
+def shipped_order(op: str, device: torch.device, dtype: torch.dtype, first: str = "") -> tuple[str, ...]:
+    """What "auto" takes unmeasured, best first."""
+    implementations = OPS[op].implementations.items()
+    order = [name for name, one in implementations if dtype in one.shipped and one.why_not(device, dtype) is None]
+    return tuple(sorted(order, key=lambda name: name != first))
+
+
+# torch.compile takes the answers as they are at tracing, and does not look inside, where a lock would end its graph.
+# What torch.compiler.assume_constant_result does, without its import of the compiler.
+why_not_native._dynamo_marked_constant = True
+shipped_order._dynamo_marked_constant = True
+
+
+def triton_runs(needs_dot: bool) -> Callable[[torch.device, torch.dtype], str | None]:
+    """`Implementation.why_not` of a Triton kernel."""
+    return lambda device, dtype: why_not_triton(device, needs_dot)
+
+
+def bucket(n: int) -> int:
+    """n up to the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, …: shapes of one bucket share a measurement."""
+    power = 1 << max(n - 1, 0).bit_length()
+    return 3 * power // 4 if n <= 3 * power // 4 else power
 
 
 def register(name: str, schema: str, fake, kernel) -> None:
@@ -155,9 +277,6 @@ def register(name: str, schema: str, fake, kernel) -> None:
     LIBRARY.impl(name, on_its_device, "CUDA")
     LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"radio_fast::{name}", fake, lib=LIBRARY)
-
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def limit_of(first: Tensor, **others: Tensor | None) -> str | None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from radio_fast import native
-from radio_fast.ops._dispatch import choose, limit_of, native_path, register, sm_of
+from radio_fast.ops._dispatch import (
+    HALF,
+    Op,
+    bucket,
+    limit_of,
+    native_path,
+    register,
+    sm_of,
+    triton_runs,
+    why_not_native,
+)
+from radio_fast.ops._providers import add_attention_providers
 
 HEAD_DIMS = (16, 32, 64, 72, 80, 96, 128)
 
@@ -25,7 +38,11 @@ def from_windows(x: Tensor, h: int, w: int, k: int) -> Tensor:
 
 
 def attention_ref(
-    qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None = None, window: tuple[int, int, int] | None = None
+    qkv: Tensor,
+    num_heads: int,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: tuple[int, int, int] | None = None,
 ) -> Tensor:
     if cu_seqlens is not None:
         parts = qkv.tensor_split(cu_seqlens[1:-1].tolist())
@@ -87,18 +104,37 @@ def attention(
         native_limit = f"head dim must be one of {', '.join(map(str, native.HEAD_DIMS))}"
     elif limit is None and window is not None and window[2] > native.MAX_WINDOW:
         native_limit = f"windows may have 1…{native.MAX_WINDOW} positions a side, got {window[2]}"
-    chosen = choose("attention", backend, qkv, needs_dot=True, limit=limit, native_limit=native_limit)
-    if chosen == "reference":
-        return attention_ref(qkv, num_heads, cu_seqlens, window)
-    if cu_seqlens is not None and max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max())
-    elif max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
+    foreign = limit if limit or cu_seqlens is window is None else "packed images and windows are not for it"
+    limits = dict.fromkeys(ATTENTION.implementations, foreign) | {"triton": limit, "cuda": native_limit}
+    limits["reference"] = None
+    if max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
         raise ValueError(f"max_seqlen must be the longest packed image's tokens, got {max_seqlen!r}")
-    operator = torch.ops.radio_fast.attention if chosen == "triton" else torch.ops.radio_fast.attention_cuda
-    return operator(qkv, num_heads, cu_seqlens, max_seqlen or 0, list(window or ()))
+    return ATTENTION(backend, (qkv, num_heads, cu_seqlens, max_seqlen, window), limits)
 
 
-# -- operator --------------------------------------------------------------------------------------------------
+# -- implementations -------------------------------------------------------------------------------------------
+
+
+def _key(
+    qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None, window: tuple | None
+) -> str | None:
+    """Packed images are not measured: their lengths vary from call to call."""
+    if cu_seqlens is not None or qkv.ndim != 3:
+        return None
+    B, N, width = qkv.shape
+    shape = f"n{bucket(N)}" if window is None else f"n{N} window{window[2]}"
+    return f"d{width // (3 * num_heads)} heads{bucket(B * num_heads)} {shape}"
+
+
+def _call(operator) -> Callable[..., Tensor]:
+    def run(
+        qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None, window: tuple | None
+    ) -> Tensor:
+        if cu_seqlens is not None and max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        return operator(qkv, num_heads, cu_seqlens, max_seqlen or 0, list(window or ()))
+
+    return run
 
 
 def _kernel(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, window: list[int]) -> Tensor:
@@ -127,3 +163,9 @@ for _name, _implementation in (("attention", _kernel), ("attention_cuda", _nativ
         lambda qkv, num_heads, cu_seqlens, max_seqlen, window: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
         _implementation,
     )
+
+ATTENTION = Op("attention", attention_ref, _key)
+ATTENTION.add("triton", _call(torch.ops.radio_fast.attention), triton_runs(needs_dot=True))
+# The extension has no tensor cores for float32: a simple kernel, by name or by measurement.
+ATTENTION.add("cuda", _call(torch.ops.radio_fast.attention_cuda), why_not_native, shipped=HALF)
+add_attention_providers(ATTENTION)

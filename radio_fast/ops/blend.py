@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
 
 
 def pixel_shuffle(x: Tensor) -> Tensor:
@@ -40,9 +40,7 @@ def blend(x: Tensor, skip: Tensor, *, backend: str = "auto") -> Tensor:
             f"x and skip must have shapes (B, H, W, C) both, or (B, H/2, W/2, 4·C) and (B, H, W, C), "
             f"got {tuple(x.shape)} and {tuple(skip.shape)}"
         )
-    if choose("blend", backend, x, skip, needs_dot=False, limit=limit_of(x, skip=skip)) == "triton":
-        return torch.ops.radio_fast.blend(x, skip)
-    return blend_ref(x, skip)
+    return BLEND(backend, (x, skip), {"triton": limit_of(x, skip=skip)})
 
 
 # -- operator --------------------------------------------------------------------------------------------------
@@ -55,3 +53,11 @@ def _kernel(x: Tensor, skip: Tensor) -> Tensor:
 
 
 register("blend", "(Tensor x, Tensor skip) -> Tensor", lambda x, skip: skip.new_empty(skip.shape), _kernel)
+
+
+def _key(x: Tensor, skip: Tensor) -> str:
+    return f"c{skip.shape[-1]} rows{bucket(skip.shape[:-1].numel())}{' shuffled' * (x.shape != skip.shape)}"
+
+
+BLEND = Op("blend", blend_ref, _key, batched=(0, 1))
+BLEND.add("triton", torch.ops.radio_fast.blend, triton_runs(needs_dot=False))

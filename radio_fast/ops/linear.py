@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+from radio_fast.ops import _dispatch
+from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
+from radio_fast.ops.norm import add_layer_norm, layer_norm, layer_norm_ref
 
 ACTIVATIONS = (None, "gelu", "silu", "swiglu")
+
+
+_casts = WeakTensorKeyDictionary()  # bias → (the state and dtype it was cast from and to, its cast)
+
+
+def _bias_as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A float32 bias in the dtype that cuBLAS adds it in; on a GPU cast once, not by a launch in every call."""
+    if bias is None or bias.dtype == dtype:
+        return bias
+    differentiable = bias.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or differentiable or not _dispatch.accelerated(bias.device) or bias.is_inference():
+        return bias.to(dtype)
+    state = (bias.data_ptr(), bias._version, dtype)
+    found = _casts.get(bias)
+    if found is None or found[0] != state:
+        with torch.inference_mode(False), torch.no_grad():
+            found = state, bias.to(dtype)
+        if not _dispatch.capturing(bias.device):
+            _casts[bias] = found
+    return found[1]
 
 
 def linear_ref(
@@ -19,7 +44,7 @@ def linear_ref(
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
 ) -> Tensor:
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, _bias_as(bias, x.dtype))
     if activation == "gelu":
         y = F.gelu(y)
     elif activation == "silu":
@@ -58,6 +83,8 @@ def _limit(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         return f"swiglu needs an even number of weight rows, got {weight.shape[0]}"
     if bias is not None and bias.shape != weight.shape[:1]:
         return f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+    if bias is not None and bias.dtype == torch.float32 and bias.device == x.device:
+        bias = None  # of any dtype of x
     return limit_of(x, weight=weight, bias=bias)
 
 
@@ -78,7 +105,7 @@ def linear(
     """residual + layer_scale · act(x·weightᵀ + bias).
 
     Args:
-        x: (..., K), any strides. weight: (M, K). bias: (M) or None.
+        x: (..., K), any strides. weight: (M, K). bias: (M), in x's dtype or float32, or None.
         activation: None; "gelu", the exact one, y·Φ(y) with erf; "silu", y·σ(y); "swiglu", silu(a)·b of the halves
             (a, b) of y.
         residual: (..., M') or None, M' = M, or M/2 for "swiglu". layer_scale: (M') or None.
@@ -95,10 +122,8 @@ def linear(
             limit = f"layer_scale must have shape {out[-1:]}, got {tuple(layer_scale.shape)}"
         else:
             limit = limit_of(x, residual=residual, layer_scale=layer_scale)
-    tensors = (x, weight, bias, residual, layer_scale)
-    if choose("linear", backend, *tensors, needs_dot=True, limit=limit) == "triton":
-        return torch.ops.radio_fast.linear(x, weight, bias, activation, residual, layer_scale)
-    return linear_ref(x, weight, bias, activation, residual, layer_scale)
+    args = (x, weight, bias, activation, residual, layer_scale)
+    return LINEAR(backend, args, {"triton": limit})
 
 
 def ln_linear(
@@ -133,12 +158,65 @@ def ln_linear(
             limit = f"norm_weight and norm_bias must have shape {tuple(x.shape[-1:])}"
         else:
             limit = limit_of(x, norm_weight=norm_weight, norm_bias=norm_bias)
-    tensors = (x, mean, rstd, norm_weight, norm_bias, weight, bias)
-    if choose("ln_linear", backend, *tensors, needs_dot=True, limit=limit) == "triton":
-        return torch.ops.radio_fast.ln_linear(
-            x, mean, rstd, norm_weight, norm_bias, norm_scale, weight, bias, activation
-        )
-    return ln_linear_ref(x, mean, rstd, norm_weight, norm_bias, norm_scale, weight, bias, activation)
+    args = (x, mean, rstd, norm_weight, norm_bias, norm_scale, weight, bias, activation)
+    return LN_LINEAR(backend, args, {"triton": limit})
+
+
+def linear_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    norm_scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(s, layer_norm(s)) with s = residual + x·weightᵀ + bias, in two launches, of which there are two ways.
+
+    "epilogue": the product adds the residual as it stores, the norm follows: s is written and read once. "deferred": a
+    plain product, which cuBLAS does best, then add and norm in one pass: M values a row more to write and read.
+
+    Args:
+        x: (..., K). weight, bias: (M, K) and (M), as for `linear`. residual: (..., M). norm_weight, norm_bias: (M), and
+            eps, norm_scale: as for `layer_norm`.
+        backend: of the two parts; "auto" takes the faster way, RADIO_FAST_LINEAR_ADD_NORM names it.
+
+    Returns:
+        Both (..., M) in x's dtype. The norm is taken of s as it is stored.
+    """
+    args = (x, weight, bias, residual, norm_weight, norm_bias, eps, norm_scale)
+    if backend == "auto" and "RADIO_FAST_LINEAR_ADD_NORM" not in os.environ:
+        backend = os.environ.get("RADIO_FAST_BACKEND") or "auto"  # of the two parts
+    if backend not in ("auto", "reference"):
+        return _deferred(*args, backend=backend)
+    return LINEAR_ADD_NORM(backend, args, {})
+
+
+def linear_add_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    norm_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    s = linear_ref(x, weight, bias, None, residual)
+    return s, layer_norm_ref(s, norm_weight, norm_bias, eps, norm_scale)
+
+
+def _epilogue(x, weight, bias, residual, norm_weight, norm_bias, eps, norm_scale, backend="auto"):
+    s = linear(x, weight, bias, None, residual, backend=backend)
+    return s, layer_norm(s, norm_weight, norm_bias, eps, norm_scale, backend=backend)
+
+
+def _deferred(x, weight, bias, residual, norm_weight, norm_bias, eps, norm_scale, backend="auto"):
+    y = linear(x, weight, bias, backend=backend)
+    return add_layer_norm(residual, y, None, norm_weight, norm_bias, eps, norm_scale, backend=backend)
 
 
 # -- operators -------------------------------------------------------------------------------------------------
@@ -171,3 +249,37 @@ register(
         x, mean, rstd, norm_weight, norm_bias, norm_scale, weight, bias, activation, sm_of(x.device)
     ),
 )
+
+
+# -- implementations -------------------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor, weight: Tensor) -> str:
+    """float32 products are several times faster where the user has allowed TF32: that is another measurement."""
+    precision = f" {torch.backends.cuda.matmul.fp32_precision}" if x.dtype == torch.float32 else ""
+    return f"m{bucket(x.shape[:-1].numel())} n{weight.shape[0]} k{weight.shape[-1]}{precision}"
+
+
+def _linear_key(x, weight, bias, activation, residual, layer_scale) -> str:
+    extras = (activation, residual is not None and "residual", layer_scale is not None and "scale")
+    return " ".join((_shape(x, weight), *filter(None, extras)))
+
+
+def _linear_first(x, weight, bias, activation, residual, layer_scale) -> str:
+    """Without an epilogue there is nothing to gain on cuBLAS."""
+    return "reference" if activation is residual is layer_scale is None else ""
+
+
+def _ln_linear_key(x, mean, rstd, norm_weight, norm_bias, norm_scale, weight, bias, activation) -> str:
+    return f"{_shape(x, weight)} {activation or ''}".rstrip()
+
+
+LINEAR = Op("linear", linear_ref, _linear_key, batched=(0, 4), first=_linear_first)
+LINEAR.add("triton", torch.ops.radio_fast.linear, triton_runs(needs_dot=True))
+LN_LINEAR = Op("ln_linear", ln_linear_ref, _ln_linear_key, batched=(0, 1, 2))
+LN_LINEAR.add("triton", torch.ops.radio_fast.ln_linear, triton_runs(needs_dot=True))
+LINEAR_ADD_NORM = Op(
+    "linear_add_norm", linear_add_norm_ref, lambda x, weight, *others: _shape(x, weight), batched=(0, 3)
+)
+LINEAR_ADD_NORM.add("deferred", _deferred, triton_runs(needs_dot=False))
+LINEAR_ADD_NORM.add("epilogue", _epilogue, triton_runs(needs_dot=True))

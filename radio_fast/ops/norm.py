@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
 
 MAX_WIDTH = 16384  # a row stays on chip
 
@@ -20,9 +20,21 @@ def add_ref(x: Tensor, y: Tensor, layer_scale: Tensor | None) -> Tensor:
     return x + (y if layer_scale is None else y * layer_scale)
 
 
+def add_layer_norm_ref(
+    x: Tensor, y: Tensor, layer_scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    s = add_ref(x, y, layer_scale)
+    return s, layer_norm_ref(s, weight, bias, eps, scale)
+
+
 def norm_stats_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(x.float(), dim=-1, correction=0)
     return mean, torch.rsqrt(var + eps)
+
+
+def add_norm_stats_ref(x: Tensor, y: Tensor, layer_scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    s = add_ref(x, y, layer_scale)
+    return s, *norm_stats_ref(s, eps)
 
 
 def _limit(x: Tensor, **others: Tensor | None) -> str | None:
@@ -33,6 +45,10 @@ def _limit(x: Tensor, **others: Tensor | None) -> str | None:
         if tensor is not None and tensor.shape != wanted:
             return f"{name} must have shape {tuple(wanted)}, got {tuple(tensor.shape)}"
     return limit_of(x, **others)
+
+
+def _key(x: Tensor, *others) -> str:
+    return f"d{x.shape[-1]} rows{bucket(x.shape[:-1].numel())}" if x.ndim else ""
 
 
 def layer_norm(
@@ -47,9 +63,7 @@ def layer_norm(
         (..., D) in x's dtype; statistics and arithmetic are float32.
     """
     limit = _limit(x, weight=weight, bias=bias)
-    if choose("layer_norm", backend, x, weight, bias, needs_dot=False, limit=limit) == "triton":
-        return torch.ops.radio_fast.layer_norm(x, weight, bias, eps, scale)
-    return layer_norm_ref(x, weight, bias, eps, scale)
+    return LAYER_NORM(backend, (x, weight, bias, eps, scale), {"triton": limit})
 
 
 def add_layer_norm(
@@ -72,10 +86,7 @@ def add_layer_norm(
         Both (..., D) in x's dtype. The norm is taken of s as it is stored, rounded to that dtype.
     """
     limit = _limit(x, y=y, layer_scale=layer_scale, weight=weight, bias=bias)
-    if choose("add_layer_norm", backend, x, y, layer_scale, weight, bias, needs_dot=False, limit=limit) == "triton":
-        return torch.ops.radio_fast.add_layer_norm(x, y, layer_scale, weight, bias, eps, scale)
-    s = add_ref(x, y, layer_scale)
-    return s, layer_norm_ref(s, weight, bias, eps, scale)
+    return ADD_LAYER_NORM(backend, (x, y, layer_scale, weight, bias, eps, scale), {"triton": limit})
 
 
 def norm_stats(x: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -87,9 +98,7 @@ def norm_stats(x: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor,
     Returns:
         Both (...), float32.
     """
-    if choose("norm_stats", backend, x, needs_dot=False, limit=_limit(x)) == "triton":
-        return torch.ops.radio_fast.norm_stats(x, eps)
-    return norm_stats_ref(x, eps)
+    return NORM_STATS(backend, (x, eps), {"triton": _limit(x)})
 
 
 def add_norm_stats(
@@ -97,10 +106,7 @@ def add_norm_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(s, mean, 1/√(var + eps)) with s = x + y · layer_scale: `add_layer_norm` that leaves the norm to `ln_linear`."""
     limit = _limit(x, y=y, layer_scale=layer_scale)
-    if choose("add_norm_stats", backend, x, y, layer_scale, needs_dot=False, limit=limit) == "triton":
-        return torch.ops.radio_fast.add_norm_stats(x, y, layer_scale, eps)
-    s = add_ref(x, y, layer_scale)
-    return s, *norm_stats_ref(s, eps)
+    return ADD_NORM_STATS(backend, (x, y, layer_scale, eps), {"triton": limit})
 
 
 def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
@@ -148,3 +154,10 @@ register(
     lambda x, y, layer_scale, eps: (x.new_empty(x.shape), *_stats_like(x)),
     lambda x, y, layer_scale, eps: _kernels().add_norm_stats(x, y, layer_scale, eps, sm_of(x.device)),
 )
+
+LAYER_NORM = Op("layer_norm", layer_norm_ref, _key)
+ADD_LAYER_NORM = Op("add_layer_norm", add_layer_norm_ref, _key, batched=(0, 1))
+NORM_STATS = Op("norm_stats", norm_stats_ref, _key)
+ADD_NORM_STATS = Op("add_norm_stats", add_norm_stats_ref, _key, batched=(0, 1))
+for _op in (LAYER_NORM, ADD_LAYER_NORM, NORM_STATS, ADD_NORM_STATS):
+    _op.add("triton", getattr(torch.ops.radio_fast, _op.name), triton_runs(needs_dot=False))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
 
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
@@ -86,11 +86,8 @@ def patch_embed(
     Returns:
         (B, P + T, D). The normalisation is computed in float32 and rounded once, to the model's dtype.
     """
-    tensors = (image, weight, bias, pos, prefix, mean, std)
-    limit = _limit(image, weight, bias, pos, prefix, patch_size, mean, std)
-    if choose("patch_embed", backend, *tensors, needs_dot=True, limit=limit) == "triton":
-        return torch.ops.radio_fast.patch_embed(image, weight, bias, pos, prefix, patch_size, mean, std)
-    return patch_embed_ref(image, weight, bias, pos, prefix, patch_size, mean, std)
+    args = (image, weight, bias, pos, prefix, patch_size, mean, std)
+    return PATCH_EMBED(backend, args, {"triton": _limit(*args)})
 
 
 # -- operator --------------------------------------------------------------------------------------------------
@@ -113,3 +110,12 @@ register(
     _fake,
     _kernel,
 )
+
+
+def _key(image, weight, bias, pos, prefix, patch_size, mean, std) -> str:
+    rows = bucket(image.shape[0] * pos.shape[0])
+    return f"to {str(weight.dtype).removeprefix('torch.')} p{patch_size} d{weight.shape[0]} rows{rows}"
+
+
+PATCH_EMBED = Op("patch_embed", patch_embed_ref, _key)
+PATCH_EMBED.add("triton", torch.ops.radio_fast.patch_embed, triton_runs(needs_dot=True))

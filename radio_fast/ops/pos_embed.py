@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast.ops._dispatch import choose, limit_of, register, sm_of
+from radio_fast.ops._dispatch import Op, limit_of, register, sm_of, triton_runs
 
 
 def _resize(grid: Tensor, h: int, w: int) -> Tensor:
@@ -53,14 +53,20 @@ def pos_embed_varlen(
     limit = limit_of(table)
     if table.ndim != 2 or round(table.shape[0] ** 0.5) ** 2 != table.shape[0]:
         limit = f"table must have shape (R·R, D), got {tuple(table.shape)}"
-    if choose("pos_embed", backend, table, needs_dot=False, limit=limit) == "triton":
-        heights, widths = map(list, zip(*sizes, strict=True))
-        return torch.ops.radio_fast.pos_embed(table, heights, widths, resize_square)
+    return POS_EMBED(backend, (table, sizes, resize_square), {"triton": limit})
+
+
+def _varlen_ref(table: Tensor, sizes: list[tuple[int, int]], resize_square: bool) -> Tensor:
     parts = [pos_embed_ref(table, h, w, resize_square) for h, w in sizes]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-# -- operator --------------------------------------------------------------------------------------------------
+# -- implementations -------------------------------------------------------------------------------------------
+
+
+def _call(table: Tensor, sizes: list[tuple[int, int]], resize_square: bool) -> Tensor:
+    heights, widths = map(list, zip(*sizes, strict=True))
+    return torch.ops.radio_fast.pos_embed(table, heights, widths, resize_square)
 
 
 def _kernel(table: Tensor, heights: list[int], widths: list[int], resize_square: bool) -> Tensor:
@@ -77,3 +83,6 @@ register(
     ),
     _kernel,
 )
+
+POS_EMBED = Op("pos_embed", _varlen_ref, key=lambda *args: None)  # once per image size: not worth a measurement
+POS_EMBED.add("triton", _call, triton_runs(needs_dot=False))

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radio_fast import native
-from radio_fast.ops._dispatch import choose, limit_of, native_path, register, sm_of
+from radio_fast.ops._dispatch import (
+    HALF,
+    Op,
+    bucket,
+    limit_of,
+    native_path,
+    register,
+    sm_of,
+    triton_runs,
+    why_not_native,
+)
 from radio_fast.ops.attention import HEAD_DIMS
 
 MAX_WINDOW = 32  # k⁴ entries of bias a head: 1024² here
@@ -90,12 +100,7 @@ def window_attention(
         limit = f"head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     if head_dim not in native.HEAD_DIMS:
         native_limit = f"head dim must be one of {', '.join(map(str, native.HEAD_DIMS))}, got {head_dim}"
-    chosen = choose("window_attention", backend, qkv, bias, needs_dot=True, limit=limit, native_limit=native_limit)
-    if chosen == "triton":
-        return torch.ops.radio_fast.window_attention(qkv, num_heads, window, bias)
-    if chosen == "cuda":
-        return torch.ops.radio_fast.window_attention_cuda(qkv, num_heads, window, bias)
-    return window_attention_ref(qkv, num_heads, window, bias)
+    return WINDOW_ATTENTION(backend, (qkv, num_heads, window, bias), {"triton": limit, "cuda": native_limit})
 
 
 def padded_bias(bias: Tensor) -> Tensor:
@@ -138,3 +143,14 @@ for _name, _implementation in (("window_attention", _kernel), ("window_attention
         lambda qkv, num_heads, window, bias: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
         _implementation,
     )
+
+
+def _key(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> str:
+    B, H, W, width = qkv.shape
+    count = B * num_heads * -(-H // window) * -(-W // window)
+    return f"d{width // (3 * num_heads)} window{window} count{bucket(count)}{' bias' * (bias is not None)}"
+
+
+WINDOW_ATTENTION = Op("window_attention", window_attention_ref, _key)
+WINDOW_ATTENTION.add("triton", torch.ops.radio_fast.window_attention, triton_runs(needs_dot=True))
+WINDOW_ATTENTION.add("cuda", torch.ops.radio_fast.window_attention_cuda, why_not_native, shipped=HALF)

@@ -199,10 +199,10 @@ def test_operator(kind, device):
 def test_reference_backend(device):
     qkv = qkv_like(2, 24, 96, dtype=torch.float32, device=device)
     cu_seqlens = torch.tensor([0, 10, 24], dtype=torch.int32, device=device)
-    for arguments in ((qkv, 2), (qkv[0], 2, cu_seqlens), (qkv, 2, None, (4, 6, 2))):
+    for arguments in ((qkv, 2), (qkv[0], 2, cu_seqlens), (qkv, 2, None, None, (4, 6, 2))):
         x, heads, *rest = arguments
         expected = attention_ref(*arguments)
-        options = {"cu_seqlens": rest[0] if rest else None, "window": rest[1] if len(rest) > 1 else None}
+        options = {"cu_seqlens": rest[0] if rest else None, "window": rest[2] if len(rest) > 2 else None}
         assert torch.equal(ops.attention(x, heads, **options, backend="reference"), expected)
 
 

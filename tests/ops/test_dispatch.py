@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,9 @@ import torch
 from radio_fast import native, ops
 from radio_fast.arch import ARCHS, arch_of
 from radio_fast.ops import _dispatch
+from radio_fast.ops._dispatch import OPS, Op
 from radio_fast.runtime import resolve_backend
+from tests.numerics import assert_relative
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -22,6 +24,7 @@ def gpu(monkeypatch):
 
     def pretend(sm: int) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: "the CUDA extension was not built")
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(sm, 10))
 
@@ -31,10 +34,26 @@ def gpu(monkeypatch):
 class Anywhere:
     """Stands for a tensor on a device that is not there."""
 
+    shape = torch.Size([1])
+
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float16):
         self.device = device
         self.dtype = dtype
-        self.requires_grad = False
+
+
+@pytest.fixture(autouse=True)
+def decided_anew(monkeypatch):
+    """Unmeasured, and nothing of one pretended GPU is remembered for the next."""
+    monkeypatch.setenv("RADIO_FAST_TUNE", "0")
+    for op in OPS.values():
+        monkeypatch.setattr(op, "_rankings", {})
+        monkeypatch.setattr(op, "key", lambda *args: "")
+        if op.name != "linear":
+            monkeypatch.setattr(op, "first", lambda *args: "")
+
+
+def chosen(name: str, backend: str, tensor: Any, **limits: str | None) -> str:
+    return OPS[name].choose(backend, (tensor, *6 * [None]), limits)
 
 
 @pytest.mark.parametrize("sm", ARCHS)
@@ -42,14 +61,18 @@ def test_triton_multiplies_matrices_only_with_tensor_cores(gpu, sm):
     """On sm_70 to 75 Triton's dot is done by FMAs: "auto" must never take a matmul or attention kernel there."""
     gpu(sm)
     tensor = Anywhere(CUDA)
-    for op in ("linear", "ln_linear", "attention", "window_attention", "patch_embed"):
-        expected = "triton" if sm >= 80 else "reference"
-        assert _dispatch.choose(op, "auto", tensor, needs_dot=True) == expected
-    for op in ("layer_norm", "pos_embed", "blend"):
-        assert _dispatch.choose(op, "auto", tensor, needs_dot=False) == "triton"
+    for op in ("ln_linear", "attention", "window_attention", "patch_embed"):
+        assert chosen(op, "auto", tensor) == ("triton" if sm >= 80 else "reference")
+    for op in ("layer_norm", "add_layer_norm", "norm_stats", "add_norm_stats", "pos_embed", "blend"):
+        assert chosen(op, "auto", tensor) == "triton"
+    arguments = (tensor, None, None, "gelu", None, None)
+    assert OPS["linear"].choose("auto", arguments, {}) == ("triton" if sm >= 80 else "reference")
+    plain = (tensor, *5 * [None])
+    assert OPS["linear"].choose("auto", plain, {}) == "reference", "nothing to gain on cuBLAS"
+    assert chosen("linear_add_norm", "auto", tensor) == "deferred"
     if sm < 80:
         with pytest.raises(ValueError, match=f"linear can't run here: Triton has no tensor cores on sm_{sm}"):
-            _dispatch.choose("linear", "triton", tensor, needs_dot=True)
+            chosen("linear", "triton", tensor)
 
 
 class Built:
@@ -77,39 +100,40 @@ def test_extension_where_triton_has_no_tensor_cores(gpu, monkeypatch, sm, op):
     monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
     monkeypatch.setattr(_dispatch.native, "library", lambda: Built)
 
-    def chosen(backend: str, dtype: torch.dtype = torch.float16, **limits) -> str:
-        return _dispatch.choose(op, backend, Anywhere(CUDA, dtype), needs_dot=True, **{"native_limit": None} | limits)
+    def answer(backend: str, dtype: torch.dtype = torch.float16, **limits) -> str:
+        OPS[op].forget()
+        return chosen(op, backend, Anywhere(CUDA, dtype), **limits)
 
     first = "triton" if sm >= 80 else "cuda"
-    assert chosen("auto") == first
-    assert chosen("auto", torch.float32) == ("triton" if sm >= 80 else "reference")
-    assert chosen("auto", limit="d") == "cuda", "what Triton can't take"
-    assert chosen("auto", limit="d", native_limit="d") == "reference"
-    assert chosen("cuda") == chosen("cuda", torch.float32) == "cuda"
+    assert answer("auto") == first
+    assert answer("auto", torch.float32) == ("triton" if sm >= 80 else "reference")
+    assert answer("auto", triton="d") == "cuda", "what Triton can't take"
+    assert answer("auto", triton="d", cuda="d") == "reference"
+    assert answer("cuda") == answer("cuda", torch.float32) == "cuda"
     if sm < 80:
-        assert chosen("auto", torch.bfloat16) == "reference"
+        assert answer("auto", torch.bfloat16) == "reference"
         with pytest.raises(ValueError, match=f"{op} can't run here: bfloat16 needs sm_80 or newer"):
-            chosen("cuda", torch.bfloat16)
+            answer("cuda", torch.bfloat16)
     Built.architectures = "90" if sm < 80 else "70"
-    assert chosen("auto") == ("triton" if sm >= 80 else "reference"), "no code for this GPU in the library"
+    assert answer("auto") == ("triton" if sm >= 80 else "reference"), "no code for this GPU in the library"
     with pytest.raises(ValueError, match=f"the CUDA extension was built for .., not for sm_{sm}"):
-        chosen("cuda")
+        answer("cuda")
     Built.architectures = " ".join(map(str, ARCHS))
     monkeypatch.setattr(Built, "refusal", "the driver is too old")
-    assert chosen("auto") == ("triton" if sm >= 80 else "reference")
+    assert answer("auto") == ("triton" if sm >= 80 else "reference")
     with pytest.raises(ValueError, match="the driver is too old"):
-        chosen("cuda")
+        answer("cuda")
     monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: "the CUDA extension was not built")
-    assert chosen("auto") == ("triton" if sm >= 80 else "reference")
+    assert answer("auto") == ("triton" if sm >= 80 else "reference")
     with pytest.raises(ValueError, match=f"the cuda backend of {op} can't run here: the CUDA extension was not built"):
-        chosen("cuda")
+        answer("cuda")
 
 
 def test_extension_is_named_in_vain_for_other_ops(gpu, monkeypatch):
     gpu(90)
     monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
     with pytest.raises(ValueError, match="the cuda backend of linear can't run here: it has no kernel there"):
-        _dispatch.choose("linear", "cuda", Anywhere(CUDA), needs_dot=True)
+        chosen("linear", "cuda", Anywhere(CUDA))
 
 
 def test_extension_leaves_the_cpu_alone(monkeypatch):
@@ -118,62 +142,66 @@ def test_extension_leaves_the_cpu_alone(monkeypatch):
     monkeypatch.setattr(_dispatch.native, "library", Built)
     with pytest.raises(ValueError, match="the CUDA extension's kernels are for NVIDIA GPUs, not for the CPU"):
         ops.attention(torch.zeros(1, 4, 48), 1, backend="cuda")
-    assert _dispatch.choose("attention", "auto", torch.zeros(1), needs_dot=True, native_limit=None) == "reference"
+    assert chosen("attention", "auto", torch.zeros(1)) == "reference"
 
 
 @pytest.mark.parametrize("forced", ["70", "75"])
 def test_forced_older_architecture_counts(gpu, monkeypatch, forced):
     gpu(90)
     monkeypatch.setenv("RADIO_FAST_ARCH", forced)
-    assert _dispatch.choose("attention", "auto", Anywhere(CUDA), needs_dot=True) == "reference"
-
-
-def test_every_matmul_op_says_so(gpu, monkeypatch):
-    """The public ops pass needs_dot themselves; seen from outside, on a pretended V100."""
-    asked = {}
-
-    def record(op, backend, *tensors, needs_dot, limit=None, native_limit="none"):
-        asked[op] = needs_dot
-        return "reference"
-
-    for module in ("attention", "blend", "linear", "norm", "patch_embed", "pos_embed", "window_attention"):
-        monkeypatch.setattr(importlib.import_module(f"radio_fast.ops.{module}"), "choose", record)
-    x, w = torch.zeros(2, 48), torch.zeros(48, 48)
-    one, zero = torch.ones(48), torch.zeros(2)
-    ops.linear(x, w, None)
-    ops.ln_linear(x, zero, zero, one, one, 1.0, w, None)
-    ops.attention(torch.zeros(1, 4, 48), 1)
-    ops.layer_norm(x, one, one, 1e-6)
-    ops.add_layer_norm(x, x, None, one, one, 1e-6)
-    ops.norm_stats(x, 1e-6)
-    ops.add_norm_stats(x, x, None, 1e-6)
-    ops.pos_embed(torch.zeros(16, 8), 2, 3)
-    ops.patch_embed(torch.zeros(1, 3, 4, 4), torch.zeros(48, 12), None, torch.zeros(4, 48), torch.zeros(1, 48), 2)
-    ops.window_attention(torch.zeros(1, 2, 2, 48), 1, 2)
-    ops.blend(torch.zeros(1, 2, 2, 8), torch.zeros(1, 2, 2, 8))
-    dots = {"linear", "ln_linear", "attention", "window_attention", "patch_embed"}
-    assert {op for op, needs_dot in asked.items() if needs_dot} == dots
-    assert set(asked) == dots | {"layer_norm", "add_layer_norm", "norm_stats", "add_norm_stats", "pos_embed", "blend"}
+    assert chosen("attention", "auto", Anywhere(CUDA)) == "reference"
 
 
 def test_environment_replaces_auto_only(monkeypatch):
     x = torch.zeros(1)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("RADIO_FAST_BACKEND", "triton")
-    assert _dispatch.choose("linear", "auto", x, needs_dot=True) == "triton"
-    assert _dispatch.choose("linear", "reference", x, needs_dot=True) == "reference"
+    assert chosen("linear", "auto", x) == "triton"
+    assert chosen("linear", "reference", x) == "reference"
     monkeypatch.setenv("RADIO_FAST_LINEAR", "reference")
-    assert _dispatch.choose("linear", "auto", x, needs_dot=True) == "reference"
-    assert _dispatch.choose("attention", "auto", x, needs_dot=True) == "triton"
+    assert chosen("linear", "auto", x) == "reference"
+    assert chosen("attention", "auto", x) == "triton"
     monkeypatch.setenv("RADIO_FAST_LINEAR", "cutlass")
     with pytest.raises(
         ValueError, match="backend of linear must be one of 'auto', 'reference', 'triton', 'cuda', got 'cutlass'"
     ):
-        _dispatch.choose("linear", "auto", x, needs_dot=True)
+        chosen("linear", "auto", x)
+
+
+def test_environment_of_two_ops_in_one(monkeypatch):
+    """RADIO_FAST_BACKEND is for the parts of linear_add_norm; the way they are put together has a name of its own."""
+    x, w, one = torch.randn(3, 32), torch.randn(32, 32), torch.ones(32)
+    plain = ops.linear_add_norm(x, w, None, x, one, one, 1e-6)
+    ran = []
+    choose = Op.choose
+
+    def record(op, *args):
+        ran.append((op.name, choose(op, *args)))
+        return ran[-1][1]
+
+    monkeypatch.setattr(Op, "choose", record)
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "triton")
+    both = [("linear", "triton"), ("add_layer_norm", "triton")]
+    for backend in ("auto", "triton"):
+        ran.clear()
+        for ours, theirs in zip(
+            ops.linear_add_norm(x, w, None, x, one, one, 1e-6, backend=backend), plain, strict=True
+        ):
+            assert_relative(ours, theirs)
+        assert ran == both
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "reference")
+    ran.clear()
+    ops.linear_add_norm(x, w, None, x, one, one, 1e-6)
+    assert ran == [("linear_add_norm", "reference")]
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "triton")
+    monkeypatch.setenv("RADIO_FAST_LINEAR_ADD_NORM", "epilogue")
+    ran.clear()
+    ops.linear_add_norm(x, w, None, x, one, one, 1e-6)
+    assert ran == [("linear_add_norm", "epilogue"), ("linear", "triton"), ("layer_norm", "triton")]
 
 
 def test_auto_is_plain_torch_on_the_cpu():
-    assert _dispatch.choose("linear", "auto", torch.zeros(1), needs_dot=True) == "reference"
+    assert chosen("linear", "auto", torch.zeros(1)) == "reference"
 
 
 @pytest.mark.parametrize(

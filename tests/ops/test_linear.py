@@ -123,6 +123,44 @@ def test_linear_shapes(shape, dtype, sm, arch, device, guarded):
     check(x, weight, bias, activation)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_float32_bias_is_not_rounded(dtype, device, guarded):
+    """Added to the float32 sums: 1.001 − 1 is not what bfloat16 and float16 make of it."""
+    x, weight = torch.zeros(3, 64, dtype=dtype, device=device), torch.zeros(40, 64, dtype=dtype, device=device)
+    bias = torch.full((40,), 1.001, device=device)
+    minus_one = torch.full((3, 40), -1.0, dtype=dtype, device=device)
+    out = ops.linear(x, weight, bias, None, minus_one, backend="triton")
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), torch.full_like(out, 0.001).float(), rtol=2**-8, atol=0)
+    x, (weight, _) = outlier_input(2, 7, 64, dtype=dtype, seed=1, device=device), parameters(64, 40, dtype, device)
+    check(x, weight, normal(40, dtype=torch.float32, seed=9, device=device), "gelu")
+    check_norm(x, weight, normal(40, dtype=torch.float32, seed=9, device=device), None)
+
+
+@pytest.mark.parametrize("way", ["deferred", "epilogue", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+def test_linear_add_norm(shape, dtype, way, device, monkeypatch, guarded):
+    """Both ways of putting the kernels together; the norm is that of s as it is stored."""
+    monkeypatch.setenv("RADIO_FAST_LINEAR_ADD_NORM", way)
+    if way == "triton":
+        monkeypatch.delenv("RADIO_FAST_LINEAR_ADD_NORM")
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "triton")
+    B, tokens, K, N = shape
+    x = outlier_input(B, tokens, K, dtype=dtype, seed=tokens, device=device)
+    weight, _ = parameters(K, N, dtype, device)
+    bias = normal(N, dtype=torch.float32, seed=3, device=device)
+    residual = outlier_input(B, tokens, N, dtype=dtype, seed=4, device=device)
+    norm_weight, norm_bias = (normal(N, dtype=dtype, seed=seed, device=device) for seed in (5, 6))
+    arguments = (x, weight, bias, residual, norm_weight, norm_bias, 1e-6, 0.7)
+    s, normed = ops.linear_add_norm(*arguments)
+    plain_s, _ = ops.linear_add_norm(*arguments, backend="reference")
+    assert_within(s, truth_of(x, weight, bias, None, residual), plain_s)
+    wide = torch.nn.functional.layer_norm(s.double(), (N,), norm_weight.double(), norm_bias.double(), 1e-6) * 0.7
+    same = torch.nn.functional.layer_norm(s, (N,), norm_weight, norm_bias, 1e-6) * 0.7
+    assert_within(normed, wide, same)
+
+
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -314,7 +352,7 @@ X, W, B, HALF = (torch.zeros(shape, dtype=torch.float16) for shape in ((3, 8), (
 BAD = {
     "dtype must be float16, bfloat16 or float32, got torch.float64": (X.double(), W.double(), B.double()),
     "weight is torch.float32, expected torch.float16": (X, W.float(), B),
-    "bias is torch.float32, expected torch.float16": (X, W, B.float()),
+    "bias is torch.bfloat16, expected torch.float16": (X, W, B.bfloat16()),
     r"must agree in K, got \(3, 8\) and \(6, 7\)": (X, W[:, :7], B),
     r"must agree in K, got \(3, 8\) and \(8,\)": (X, W[0], None),
     "K must be at least 1, got 0": (X[:, :0], W[:, :0], B),
