@@ -7,7 +7,7 @@ from radio_fast.layers.mlp import Linear
 
 
 class Attention(nn.Module):
-    """proj(attention(qkv)), q, k and v from one linear layer."""
+    """attention(qkv), q, k and v from one linear layer, and the layer `proj` for after it."""
 
     backend = "auto"
 
@@ -18,5 +18,5 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim, bias=proj_bias)
 
     def mix(self, qkv: Tensor, window: tuple[int, int, int] | None = None) -> Tensor:
-        """What comes after the qkv layer; `window` (h, w, k): inside k × k windows of an h × w grid of tokens."""
-        return self.proj(ops.attention(qkv, self.num_heads, window=window, backend=self.backend))
+        """What comes between the two layers; `window` (h, w, k): inside k × k windows of an h × w grid of tokens."""
+        return ops.attention(qkv, self.num_heads, window=window, backend=self.backend)

@@ -5,58 +5,62 @@ from torch import Tensor, nn
 from radio_fast import ops
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.mlp import Mlp, SwiGLU
-from radio_fast.layers.norm import DynamicTanh, LayerNorm, LayerScale
+from radio_fast.layers.norm import DynamicTanh, LayerNorm
 
 
 class Block(nn.Module):
-    """x += ls1·attn(norm1 x); x += ls2·mlp(norm2 x), x of shape (B, N, D), or a map (B, H, W, D).
+    """x += attn(norm1 x); x += mlp(norm2 x), x of shape (B, N, D), or a map (B, H, W, D). LayerScale is in the weights.
 
-    Seven launches: norm, qkv, attention, proj, add + norm, expand + activation, contract + add. With `fuse_norm` the
-    two norms move into the linear layers after them, and row statistics take their place.
+    Blocks one after another, by `step`, take seven launches each: qkv, attention, proj and expand with its activation,
+    contract, and the residual with the next norm in one pass, twice; or the residual in the product and the norm on its
+    own (`ops.linear_add_norm`). With `fuse_norm` the two norms move into the linear layers after them, and row
+    statistics take their place.
     """
 
     fuse_norm = False
 
     def __init__(
-        self,
-        norm1: LayerNorm | DynamicTanh,
-        attn: Attention,
-        norm2: LayerNorm | DynamicTanh,
-        mlp: Mlp | SwiGLU,
-        layer_scale: bool,
+        self, norm1: LayerNorm | DynamicTanh, attn: Attention, norm2: LayerNorm | DynamicTanh, mlp: Mlp | SwiGLU
     ):
         super().__init__()
-        dim = attn.proj.out_features
         self.norm1 = norm1
         self.attn = attn
-        self.ls1 = LayerScale(dim) if layer_scale else None
         self.norm2 = norm2
         self.mlp = mlp
-        self.ls2 = LayerScale(dim) if layer_scale else None
 
     def forward(
         self, x: Tensor, window: tuple[int, int, int] | int | None = None, branch: Tensor | None = None
     ) -> Tensor:
         """`window`: what `attn.mix` takes. `branch`: added to x first, in the pass that normalises."""
-        ls1, ls2 = (None, None) if self.ls1 is None else (self.ls1.gamma, self.ls2.gamma)
         if self.fuse_norm:
-            return self._forward_fused(x, window, branch, ls1, ls2)
-        if branch is None:
-            y = self.norm1(x)
-        else:
-            x, y = self.norm1.after_add(x, branch, None)
-        y = self.attn.mix(self.attn.qkv(y), window)
-        x, y = self.norm2.after_add(x, y, ls1)
-        return self.mlp.contract(self.mlp.expand(y), x, ls2)
+            return self._forward_fused(x, window, branch)
+        normed = None
+        if branch is not None:
+            x, normed = self.norm1.after_add(x, branch)
+        return self.step(x, normed, None, window)[0]
 
-    def _forward_fused(
-        self, x: Tensor, window, branch: Tensor | None, ls1: Tensor | None, ls2: Tensor | None
-    ) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        normed: Tensor | None,
+        after: LayerNorm | DynamicTanh | None,
+        window: tuple[int, int, int] | int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(the block's output, `after` of it: the next block's norm1, or None).
+
+        `normed`: norm1 of x, where the block before has made it.
+        """
+        y = self.norm1(x) if normed is None else normed
+        y = self.attn.mix(self.attn.qkv(y), window)
+        x, y = self.attn.proj.add_norm(y, x, self.norm2)
+        return self.mlp.contract(self.mlp.expand(y), x, after)
+
+    def _forward_fused(self, x: Tensor, window, branch: Tensor | None) -> Tensor:
         backend = self.norm1.backend
         if branch is None:
             mean, rstd = ops.norm_stats(x, self.norm1.eps, backend=backend)
         else:
             x, mean, rstd = ops.add_norm_stats(x, branch, None, self.norm1.eps, backend=backend)
-        y = self.attn.mix(self.attn.qkv.after_norm(x, mean, rstd, self.norm1), window)
-        x, mean, rstd = ops.add_norm_stats(x, y, ls1, self.norm2.eps, backend=backend)
-        return self.mlp.contract(self.mlp.expand.after_norm(x, mean, rstd, self.norm2), x, ls2)
+        y = self.attn.proj(self.attn.mix(self.attn.qkv.after_norm(x, mean, rstd, self.norm1), window))
+        x, mean, rstd = ops.add_norm_stats(x, y, None, self.norm2.eps, backend=backend)
+        return self.mlp.contract(self.mlp.expand.after_norm(x, mean, rstd, self.norm2), x, None)[0]

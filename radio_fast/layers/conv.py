@@ -31,7 +31,10 @@ class Conv(nn.Conv2d):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x.permute(0, 3, 1, 2))
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        y = self._conv_forward(x.permute(0, 3, 1, 2), weight, bias)
         if self.activation is not None:
             y = ACTIVATIONS[self.activation](y)
         return y.permute(0, 2, 3, 1)

@@ -1,27 +1,53 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from radio_fast import ops
-from radio_fast.layers.norm import LayerNorm
+from radio_fast.layers.norm import DynamicTanh, LayerNorm
 
 
 class Linear(nn.Linear):
-    """residual + layer_scale · act(x·weightᵀ + bias)."""
+    """residual + act(x·weightᵀ + bias), in x's dtype.
+
+    `.half()` and `.to(dtype)` leave the bias in float32: the kernels add it to float32 sums, and it is the part of a
+    model that costs nothing to keep. A weight of another dtype than x, as under autocast, is cast in every call.
+    """
 
     backend = "auto"
+    float32 = ("bias",)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None):
         super().__init__(in_features, out_features, bias=bias)
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, self.activation, residual, layer_scale, backend=self.backend)
+    def _apply(self, fn, recurse=True):
+        before = None if self.bias is None else self.bias.detach()
+        super()._apply(fn, recurse)
+        if before is not None and self.bias.dtype in (torch.float16, torch.bfloat16):
+            self.bias.data = (self.bias.detach() if before.is_meta else before).to(self.bias.device, torch.float32)
+        return self
+
+    def _weight(self, x: Tensor) -> Tensor:
+        return self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self._weight(x), self.bias, self.activation, residual, backend=self.backend)
+
+    def add_norm(self, x: Tensor, residual: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """(s, norm(s)) with s = residual + x·weightᵀ + bias; (s, None) without a norm."""
+        if isinstance(norm, LayerNorm):
+            return ops.linear_add_norm(
+                x, self._weight(x), self.bias, residual, *norm.parameters_as(x.dtype), norm.eps, norm.scale,
+                backend=self.backend,
+            )  # fmt: skip
+        s = self(x, residual)
+        return s, None if norm is None else norm(s)
 
     def after_norm(self, x: Tensor, mean: Tensor, rstd: Tensor, norm: LayerNorm) -> Tensor:
         """act(norm(x)·weightᵀ + bias) in one, from the rows' statistics."""
         return ops.ln_linear(
-            x, mean, rstd, norm.weight, norm.bias, norm.scale, self.weight, self.bias, self.activation,
+            x, mean, rstd, *norm.parameters_as(x.dtype), norm.scale, self._weight(x), self.bias, self.activation,
             backend=self.backend,
         )  # fmt: skip
 
@@ -47,8 +73,11 @@ class Mlp(nn.Module):
     def expand(self) -> Linear:
         return self.fc1
 
-    def contract(self, hidden: Tensor, residual: Tensor, layer_scale: Tensor | None) -> Tensor:
-        return self.fc2(hidden if self.norm is None else self.norm(hidden), residual, layer_scale)
+    def contract(
+        self, hidden: Tensor, residual: Tensor, after: LayerNorm | DynamicTanh | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Linear.add_norm`."""
+        return self.fc2.add_norm(hidden if self.norm is None else self.norm(hidden), residual, after)
 
 
 class SwiGLU(nn.Module):
@@ -63,5 +92,8 @@ class SwiGLU(nn.Module):
     def expand(self) -> Linear:
         return self.w12
 
-    def contract(self, hidden: Tensor, residual: Tensor, layer_scale: Tensor | None) -> Tensor:
-        return self.w3(hidden, residual, layer_scale)
+    def contract(
+        self, hidden: Tensor, residual: Tensor, after: LayerNorm | DynamicTanh | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Linear.add_norm`."""
+        return self.w3.add_norm(hidden, residual, after)

@@ -18,12 +18,20 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, self.scale, backend=self.backend)
+    def parameters_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """weight and bias in `dtype`; under autocast as they are, PyTorch casts them."""
+        if self.weight.dtype == dtype or torch.is_autocast_enabled(self.weight.device.type):
+            return self.weight, self.bias
+        return self.weight.to(dtype), self.bias.to(dtype)
 
-    def after_add(self, x: Tensor, y: Tensor, layer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(s, norm(s)) with s = x + y · layer_scale."""
-        return ops.add_layer_norm(x, y, layer_scale, self.weight, self.bias, self.eps, self.scale, backend=self.backend)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, *self.parameters_as(x.dtype), self.eps, self.scale, backend=self.backend)
+
+    def after_add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, norm(s)) with s = x + y."""
+        return ops.add_layer_norm(
+            x, y, None, *self.parameters_as(x.dtype), self.eps, self.scale, backend=self.backend
+        )  # fmt: skip
 
 
 class DynamicTanh(nn.Module):
@@ -37,17 +45,5 @@ class DynamicTanh(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.dynamic_tanh(x, self.alpha, self.weight, self.bias, self.scale)
-
-    def after_add(self, x: Tensor, y: Tensor, layer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(s, norm(s)) with s = x + y · layer_scale."""
-        s = x + (y if layer_scale is None else y * layer_scale)
-        return s, self(s)
-
-
-class LayerScale(nn.Module):
-    """gamma, one factor per channel of what a block adds to its input (Touvron et al., 2021)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
+        alpha, weight, bias = (t.to(x.dtype) for t in (self.alpha, self.weight, self.bias))
+        return ops.dynamic_tanh(x, alpha, weight, bias, self.scale)

@@ -57,20 +57,22 @@ class PatchGenerator(nn.Module):
         self._pos_cache.clear()
         return super()._apply(fn, recurse)
 
-    def positions(self, h: int, w: int) -> Tensor:
-        """(h·w, D), computed once per size while the table stays as it is."""
+    def positions(self, h: int, w: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(h·w, D) in `dtype` (the table's if None), computed once per size while the table stays as it is."""
         table = self.pos_embed
+        dtype = dtype or table.dtype
         if torch.compiler.is_compiling() or (table.requires_grad and torch.is_grad_enabled()) or table.is_inference():
-            return ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend)
-        key, stamp = (h, w, table.dtype, table.device), (table.data_ptr(), table._version)
+            return ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend).to(dtype)
+        key, stamp = (h, w, dtype, table.device), (table.data_ptr(), table._version)
         pos = self._pos_cache.get(key, stamp)
         if pos is None:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used under autograd
-                pos = ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend)
+                pos = ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend).to(dtype)
             self._pos_cache.put(key, stamp, pos)
         return pos
 
-    def forward(self, image: Tensor, conditioner: nn.Module | None = None) -> Tensor:
+    def forward(self, image: Tensor, conditioner: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """`dtype`: of the result, and what is computed in; the weights' own if None."""
         mean = std = None
         if isinstance(conditioner, InputConditioner):
             mean, std = conditioner.norm_mean, conditioner.norm_std
@@ -78,6 +80,7 @@ class PatchGenerator(nn.Module):
             image = conditioner(image)
         h, w = (side // self.patch_size for side in image.shape[2:])
         weight, bias, prefix = self.embedder.weight, self.embedder.bias, self.cls_token.token
-        return ops.patch_embed(
-            image, weight, bias, self.positions(h, w), prefix, self.patch_size, mean, std, backend=self.backend
-        )
+        pos = self.positions(h, w, dtype)
+        if dtype is not None and dtype != weight.dtype:
+            weight, bias, prefix = (None if t is None else t.to(dtype) for t in (weight, bias, prefix))
+        return ops.patch_embed(image, weight, bias, pos, prefix, self.patch_size, mean, std, backend=self.backend)

@@ -85,14 +85,14 @@ class PositionBias(nn.Module):
 
 
 class WindowAttention(Attention):
-    """proj(window_attention(qkv, bias)) on maps (B, H, W, D)."""
+    """window_attention(qkv, bias) on maps (B, H, W, 3·D), and the layers before and after it."""
 
     def __init__(self, dim: int, num_heads: int, window: int, qkv_bias: bool = False, proj_bias: bool = False):
         super().__init__(dim, num_heads, qkv_bias, proj_bias)
         self.pos_emb_funct = PositionBias(window, num_heads)
 
     def mix(self, qkv: Tensor, window: int | None = None) -> Tensor:
-        """What comes after the qkv layer; `window` (positions a side): None, the one the checkpoint was built with."""
+        """What comes between the two layers; `window`: positions a side, the checkpoint's own if None."""
         window = window or self.pos_emb_funct.built
         bias = self.pos_emb_funct(window, qkv.dtype)
-        return self.proj(ops.window_attention(qkv, self.num_heads, window, bias, backend=self.backend))
+        return ops.window_attention(qkv, self.num_heads, window, bias, backend=self.backend)

@@ -60,7 +60,7 @@ class MlpV2(nn.Module):
 
 def head_block(dim: int, hidden: int, qkv_bias: bool) -> Block:
     """The transformer block of an attention head."""
-    return Block(LayerNorm(dim), Attention(dim, ATTN_HEADS, qkv_bias), LayerNorm(dim), Mlp(dim, hidden), True)
+    return Block(LayerNorm(dim), Attention(dim, ATTN_HEADS, qkv_bias), LayerNorm(dim), Mlp(dim, hidden))
 
 
 class AttnHead(nn.Module):

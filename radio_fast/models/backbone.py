@@ -12,7 +12,8 @@ from radio_fast.layers.norm import LayerNorm
 class Backbone(nn.Module):
     """Image (B, 3, H, W) → tokens (B, N, D), which `split` parts into prefix tokens and features.
 
-    `summary_tokens`: which of the prefix tokens make up the summary.
+    Called with an image, the conditioner to apply to it (or None), and the dtype to compute in: the weights' own if
+    None, else they are cast as they are used. `summary_tokens`: which of the prefix tokens make up the summary.
     """
 
     embed_dim: int
@@ -33,6 +34,10 @@ class Backbone(nn.Module):
     def step_reason(self) -> str:
         """Why, for the error's text."""
         raise NotImplementedError
+
+    def autocast_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What the tokens are in under PyTorch's autocast to `dtype`: a residual stream that begins with positions."""
+        return torch.promote_types(next(self.parameters()).dtype, dtype)
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w): the rows and columns of features that an image has."""

@@ -22,5 +22,15 @@ class Deferred:
     def numel(self) -> int:
         return self.shape.numel()
 
+    @classmethod
+    def then(
+        cls, value: Tensor | Deferred, shape: tuple[int, ...], change: Callable[..., Tensor], *others: Tensor
+    ) -> Deferred:
+        """change(value, *others), once it is wanted."""
+        if not isinstance(value, Deferred):
+            return cls(shape, change, value, *others)
+        count = len(value.sources)
+        return cls(shape, lambda *s: change(value.make(*s[:count]), *s[count:]), *value.sources, *others)
+
     def __call__(self) -> Tensor:
         return self.make(*self.sources)

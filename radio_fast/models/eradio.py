@@ -119,7 +119,6 @@ class AttentionBlock(Block):
             WindowAttention(dim, spec.num_heads, spec.window, spec.qkv_bias, spec.proj_bias),
             LayerNorm(dim, 1e-5),
             Mlp(dim, spec.mlp_hidden, activation=activation, bias=spec.mlp_bias),
-            spec.layer_scale,
         )
         self.backend = "auto"
         self.spec = spec
@@ -314,7 +313,7 @@ class ERADIO(Backbone):
         warnings.warn(
             f"attention windows of {shown} × {shown} don't fit the maps of a {H} × {W} image: they are resized to what "
             f"does, and back, which takes time and blurs. {instead}images of {near} would need no resizing",
-            stacklevel=9,  # the call of the model
+            stacklevel=11,  # the call of the model
         )
 
     # -- forward ----------------------------------------------------------------------------------------------------
@@ -327,14 +326,17 @@ class ERADIO(Backbone):
     def step_reason(self) -> str:
         return "E-RADIO's last level"
 
+    def autocast_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of the features stands for a prefix token."""
         return tokens.mean(dim=1, keepdim=True), tokens
 
-    def forward(self, image: Tensor, conditioner: nn.Module | None = None) -> Tensor:
+    def forward(self, image: Tensor, conditioner: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
         window = self._window_for(*image.shape[2:])
         x = image if conditioner is None else conditioner(image)
-        x = x.to(self.patch_embed.conv_down["0"].weight.dtype).permute(0, 2, 3, 1)
+        x = x.to(dtype or self.patch_embed.conv_down["0"].weight.dtype).permute(0, 2, 3, 1)
         x = self.patch_embed(x)
         maps = []
         for level in self.levels:

@@ -38,7 +38,6 @@ class AttentionSpec:
     conv_base: bool = False  # strided convolutions change the resolution, not pooling
     pre_conv: ConvSpec | None = None
     swiglu: bool = False
-    layer_scale: bool = False
     qkv_bias: bool = False
     proj_bias: bool = False
     mlp_bias: tuple[bool, bool] = (False, False)
@@ -195,7 +194,6 @@ def _attention(tree: Tree, name: str, dim: int) -> AttentionSpec:
         conv_base=conv_base,
         pre_conv=pre_conv,
         swiglu=expanded == 2 * hidden,
-        layer_scale=any(f"{name}.ls{i}.gamma" in tree for i in (1, 2)),
         qkv_bias=f"{name}.attn.qkv.bias" in tree,
         proj_bias=f"{name}.attn.proj.bias" in tree,
         mlp_bias=(f"{name}.mlp.fc1.bias" in tree, f"{name}.mlp.fc2.bias" in tree),

@@ -107,13 +107,6 @@ def _fold(state: State, norm: str, conv: str, folded: str) -> None:
     state[f"{folded}.bias"] = Deferred(out, fold_bias, *sources)
 
 
-def _then(value: Tensor | Deferred, shape: tuple[int, ...], change) -> Deferred:
-    """`change` done to a tensor once it is wanted."""
-    if isinstance(value, Deferred):
-        return Deferred(shape, lambda *sources: change(value.make(*sources)), *value.sources)
-    return Deferred(shape, change, value)
-
-
 def canonical_eradio(state: Mapping[str, Tensor]) -> State:
     """An E-RADIO's tensors under this package's names, every BatchNorm folded into the convolution before it.
 
@@ -131,11 +124,11 @@ def canonical_eradio(state: Mapping[str, Tensor]) -> State:
         shape = tuple(value.shape)
         if key.endswith("sample_op.weight") and len(shape) == 4 and shape[2:] == (2, 2):
             if key.endswith(".downsample_op.weight"):
-                out[key] = _then(value, (shape[0], 4 * shape[1]), lambda w: w.permute(0, 2, 3, 1).flatten(1))
+                out[key] = Deferred.then(value, (shape[0], 4 * shape[1]), lambda w: w.permute(0, 2, 3, 1).flatten(1))
             else:  # a transposed convolution's weight is (in, out, 2, 2)
-                out[key] = _then(value, (4 * shape[1], shape[0]), lambda w: w.permute(2, 3, 1, 0).flatten(0, 2))
+                out[key] = Deferred.then(value, (4 * shape[1], shape[0]), lambda w: w.permute(2, 3, 1, 0).flatten(0, 2))
         elif key.endswith(".upsample_op.bias") and len(shape) == 1:
-            out[key] = _then(value, (4 * shape[0],), lambda b: b.repeat(4))
+            out[key] = Deferred.then(value, (4 * shape[0],), lambda b: b.repeat(4))
         elif _LINEAR.search(key) and len(shape) == 4 and shape[2:] == (1, 1):
-            out[key] = _then(value, shape[:2], lambda w: w.flatten(1))
+            out[key] = Deferred.then(value, shape[:2], lambda w: w.flatten(1))
     return out

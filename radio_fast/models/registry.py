@@ -24,7 +24,6 @@ class Arch:
     patch_size: int
     mlp_hidden: int
     image_size: int | None = 224  # the size timm built it for; the position rule looks at it
-    layer_scale: bool = False
     mlp_norm: bool = False
     swiglu: bool = False
     dino_student: bool = False  # DINOv2 layout: final norm always, bias in the patch projection
@@ -38,9 +37,9 @@ ARCHS: dict[str, Arch] = {
     "vit_small_patch14_224":         Arch(384, 12, 6, 14, 1536),
     "vit_base_patch14_224":          Arch(768, 12, 12, 14, 3072),
     "vit_base_patch16_224":          Arch(768, 12, 12, 16, 3072),
-    "vit_base_patch16_v2_224":       Arch(768, 12, 12, 16, 3072, image_size=592, layer_scale=True),
+    "vit_base_patch16_v2_224":       Arch(768, 12, 12, 16, 3072, image_size=592),
     "vit_large_patch16_224":         Arch(1024, 24, 16, 16, 4096),
-    "vit_large_patch16_v2_224":      Arch(1024, 24, 16, 16, 4096, image_size=592, layer_scale=True),
+    "vit_large_patch16_v2_224":      Arch(1024, 24, 16, 16, 4096, image_size=592),
     "vit_large_dyt_patch16_224":     Arch(1024, 24, 16, 16, 4096, dynamic_tanh=True),
     "vit_huge_patch14_224":          Arch(1280, 32, 16, 14, 5120),
     "vit_huge_patch16_224":          Arch(1280, 32, 16, 16, 5120),
@@ -48,9 +47,9 @@ ARCHS: dict[str, Arch] = {
     "vit_so400m_patch16_224":        Arch(1152, 27, 16, 16, 4304),
     "vit_so400m_v2_patch16_224":     Arch(1152, 27, 16, 16, 4320, image_size=592),
     "vit_giant_patch16_224":         Arch(1536, 40, 24, 16, 6144),
-    "vit_bigG_patch14_224":          Arch(1664, 48, 16, 14, 8192, layer_scale=True),
-    "dino_v2_g_student":             Arch(1536, 40, 24, 14, 4096, image_size=None, layer_scale=True,
-                                          swiglu=True, dino_student=True),
+    "vit_bigG_patch14_224":          Arch(1664, 48, 16, 14, 8192),
+    "dino_v2_g_student":             Arch(1536, 40, 24, 14, 4096, image_size=None, swiglu=True,
+                                          dino_student=True),
 }
 
 NSCL = "NSCL (non-commercial)"

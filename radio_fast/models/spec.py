@@ -31,7 +31,6 @@ class ViTSpec:
     swiglu: bool = False
     mlp_norm: bool = False
     dynamic_tanh: bool = False
-    layer_scale: bool = False
     scaled_ln: bool = False
     final_norm: bool = False
     qkv_bias: bool = True
@@ -81,7 +80,6 @@ def spec_of_version(version: Version) -> ViTSpec:
         swiglu=arch.swiglu,
         mlp_norm=arch.mlp_norm,
         dynamic_tanh=arch.dynamic_tanh,
-        layer_scale=arch.layer_scale,
         final_norm=arch.dino_student,
         patch_bias=arch.dino_student,
     )
@@ -166,7 +164,6 @@ def spec_of_state(
         swiglu=swiglu,
         mlp_norm="blocks.0.mlp.norm.weight" in state,
         dynamic_tanh="blocks.0.norm1.alpha" in state,
-        layer_scale="blocks.0.ls1.gamma" in state,
         scaled_ln=bool(model_kwargs.get("scaled_ln")),
         final_norm=student or bool(model_norm),
         qkv_bias="blocks.0.attn.qkv.bias" in state,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, cat, nn
 
 from radio_fast.layers.attention import Attention
@@ -26,7 +27,7 @@ def make_block(spec: ViTSpec, index: int) -> Block:
     D = spec.embed_dim
     mlp = SwiGLU(D, spec.mlp_hidden) if spec.swiglu else Mlp(D, spec.mlp_hidden, spec.mlp_norm)
     attn = Attention(D, spec.num_heads, spec.qkv_bias)
-    return Block(make_norm(spec, index), attn, make_norm(spec, index), mlp, spec.layer_scale)
+    return Block(make_norm(spec, index), attn, make_norm(spec, index), mlp)
 
 
 def windowed_blocks(depth: int, rule: ViTDet) -> frozenset[int]:
@@ -89,23 +90,31 @@ class VisionTransformer(Backbone):
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
 
-    def run_windowed(self, block: Block, x: Tensor, h: int, w: int) -> Tensor:
-        """One block inside the windows; the prefix tokens are set aside and pass unchanged."""
-        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        return cat([prefix, block(patches, (h, w, self.window_size))], dim=1)
-
     def run_blocks(
         self, x: Tensor, h: int, w: int, last: int | None = None, visit: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
-        """Blocks 0…last on x (B, P + T, D); `visit(i, tokens)` sees the tokens after each block."""
-        for i, block in enumerate(self.blocks):
-            x = self.run_windowed(block, x, h, w) if i in self.windowed else block(x)
-            if visit is not None:
-                visit(i, x)
-            if i == last:
-                break
-        return x
+        """Blocks 0…last on x (B, P + T, D); `visit(i, tokens)` sees the tokens after each block.
 
-    def forward(self, image: Tensor, conditioner: nn.Module | None = None) -> Tensor:
-        x = self.patch_generator(image, conditioner)
+        While blocks attend inside windows, the prefix tokens are set aside and pass unchanged.
+        """
+        last = len(self.blocks) - 1 if last is None else last
+        aside = normed = None
+        for i, block in enumerate(self.blocks[: last + 1]):
+            windowed = i in self.windowed
+            if windowed and aside is None:
+                aside, x = self.split(x)
+            elif aside is not None and not windowed:
+                aside, x = None, cat([aside, x], dim=1)
+            window = (h, w, self.window_size) if windowed else None
+            if block.fuse_norm or block._forward_hooks or block._forward_pre_hooks:
+                x, normed = block(x, window), None
+            else:
+                alike = i < last and windowed == (i + 1 in self.windowed)  # the next block takes the same tokens
+                x, normed = block.step(x, normed, self.blocks[i + 1].norm1 if alike else None, window)
+            if visit is not None:
+                visit(i, x if aside is None else cat([aside, x], dim=1))
+        return x if aside is None else cat([aside, x], dim=1)
+
+    def forward(self, image: Tensor, conditioner: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        x = self.patch_generator(image, conditioner, dtype)
         return self.norm(self.run_blocks(x, *self.grid(image)))

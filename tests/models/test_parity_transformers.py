@@ -90,6 +90,10 @@ def test_from_our_names_into_theirs(pair, tmp_path):
         for parameter in ours.model.parameters():
             parameter.mul_(1.01)
     tensors = {f"radio_model.model.{name}": t.contiguous() for name, t in ours.model.state_dict().items()}
+    for i, block in enumerate(theirs.encoder.layer):  # ours has its LayerScale in the weights
+        if hasattr(block.layer_scale1, "lambda1"):
+            one = torch.ones_like(block.layer_scale1.lambda1)
+            tensors |= {f"radio_model.model.blocks.{i}.ls{n}.gamma": one.clone() for n in (1, 2)}
     for old, new in NO_REMOTE_CODE_NAME.items():
         tensors = {name.replace(old, new): t for name, t in tensors.items()}
     tensors |= {f"radio_model.input_conditioner.{n}": t for n, t in ours.input_conditioner.state_dict().items()}
