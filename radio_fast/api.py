@@ -14,6 +14,7 @@ from radio_fast import hf
 from radio_fast.checkpoint import MappedRange, read_checkpoint, state_of_checkpoint
 from radio_fast.download import check_sha256, fetch_version, verify
 from radio_fast.errors import CheckpointError
+from radio_fast.graphs import resolve_graphs
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.layers.window_attention import coords_table
 from radio_fast.model import RADIOModel
@@ -26,7 +27,7 @@ from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeature
 from radio_fast.models.registry import Version, ViTDet, find_version, unknown_version
 from radio_fast.models.spec import ViTSpec, spec_of_version
 from radio_fast.models.vit import VisionTransformer
-from radio_fast.models.weights import ModelState, fill
+from radio_fast.models.weights import ModelState, fill, fold_layer_scale, missing_tensor
 from radio_fast.ops.window_attention import MAX_WINDOW
 from radio_fast.runtime import resolve_backend, resolve_device, resolve_dtype
 
@@ -43,6 +44,7 @@ def load(
     progress: bool = True,
     return_checkpoint: bool = False,
     backend: str = "auto",
+    cuda_graphs: bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     sha256: str | None = None,
     timeout: float = 10.0,
@@ -68,6 +70,8 @@ def load(
         return_checkpoint: return (model, the checkpoint's dict) instead; of a Hugging Face folder, its config.
         backend: "reference": plain PyTorch; "triton": the kernels, or an error saying why they can't run; "auto": the
             kernels on a GPU that runs them, else plain PyTorch.
+        cuda_graphs: False: launch the kernels of every call one by one; None: replay captured calls on a GPU, unless
+            the environment says RADIO_FAST_GRAPHS=0; True: whatever it says (`radio_fast.graphs.GraphCache`).
         cache_dir: where downloads are kept; the environment's RADIO_FAST_CACHE or ~/.cache/radio_fast if None.
         sha256: refuse a file with another hash.
         timeout: seconds to wait for the server of a download.
@@ -81,6 +85,7 @@ def load(
     """
     target, forced_dtype = resolve_device(device), resolve_dtype(dtype)
     backend = resolve_backend(backend, target)
+    graphs = resolve_graphs(cuda_graphs)
     row, source = _locate(version, checkpoint)
     # Refused before anything is downloaded.
     _vitdet_rule(row, vitdet_window_size)
@@ -94,7 +99,9 @@ def load(
         spec = released_spec(row.arch) if row.is_eradio else spec_of_version(row)
         backbone = _random_backbone(spec, seed, target, forced_dtype or getattr(torch, row.dtype))
         _set_windows(backbone, row, vitdet_window_size, window_size)
-        return RADIOModel(backbone, InputConditioner().to(target), version=row, backend=backend).eval()
+        model = RADIOModel(backbone, InputConditioner().to(target), version=row, backend=backend).eval()
+        model.graphs = graphs
+        return model
 
     check_sha256(sha256)
     if source is None:
@@ -119,6 +126,7 @@ def load(
         if state.max_resolution is not None or state.preferred_resolution is not None:
             model.set_resolutions(state.max_resolution, state.preferred_resolution)
         _set_windows(model.model, row, window, window_size)
+    model.graphs = graphs
     return (model, content) if return_checkpoint else model
 
 
@@ -253,6 +261,12 @@ def _build(
     names = chosen_adaptors(state, adaptor_names)
     backbone_dtype = dtype or state.args["dtype"]
     backbone = make_backbone(spec)
+    try:
+        state.backbone = fold_layer_scale(state.backbone)
+    except KeyError as error:
+        raise missing_tensor(str(error.args[0])) from None
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint's backbone makes no sense: {error}") from error
     fill(backbone, state.backbone, "", device, backbone_dtype, release)
 
     conditioner = InputConditioner()
@@ -297,7 +311,7 @@ def _adaptor(
     heads = []
     for kind, tensors in zip(("head_mlp", "feat_mlp"), state.heads[name], strict=True):
         try:
-            tensors = canonical_head(tensors)
+            tensors = fold_layer_scale(canonical_head(tensors))
             with torch.device("meta"):
                 head = build_head(tensors)
         except (KeyError, ValueError, IndexError) as error:
@@ -315,7 +329,7 @@ def _adaptor(
 
 
 def _random_backbone(spec: ViTSpec | ERADIOSpec, seed: int, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """Weights of standard deviation 0.02 (E-RADIO's: 1/√inputs), norms at identity, biases and LayerScale small."""
+    """Weights of standard deviation 0.02 (E-RADIO's: 1/√inputs), norms at identity, biases small."""
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.no_grad():
         backbone = make_backbone(spec)
@@ -327,8 +341,6 @@ def _random_backbone(spec: ViTSpec | ERADIOSpec, seed: int, device: torch.device
             value = torch.empty(empty.shape)
             if name.endswith(("norm1.weight", "norm2.weight", "norm.weight")):
                 value.fill_(1.0)
-            elif name.endswith(".gamma"):
-                value.fill_(0.1)
             elif name.endswith(".alpha"):
                 value.fill_(0.5)
             else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.models.adaptors import Adaptor, to_nchw
 from radio_fast.models.backbone import Backbone
 from radio_fast.models.eradio import ERADIO
-from radio_fast.models.intermediates import collect_intermediates
+from radio_fast.models.intermediates import collect_intermediates, resolve_indices
 from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
 from radio_fast.models.registry import Resolution, Version
+from radio_fast.ops import _dispatch
 
 FEATURE_FORMATS = ("NLC", "NCHW")
 
@@ -39,8 +40,12 @@ class RADIOModel(nn.Module):
     `min_resolution_step`, and returns `RadioOutput(summary, features)`; with adaptors a dict {"backbone": RadioOutput,
     name: RadioOutput, …}, the adaptors' in float32. Safe to call from several threads.
 
+    `graphs`: the CUDA graphs of its calls (`radio_fast.graphs.GraphCache`), None where `load` was told to do without.
+
     Use `radio_fast.load` to make one.
     """
+
+    graphs: Any = None
 
     def __init__(
         self,
@@ -60,7 +65,6 @@ class RADIOModel(nn.Module):
         self.inter_feature_normalizer = inter_feature_normalizer
         self.version = version
         self.backend = backend
-        model.set_backend(backend)
         self.register_buffer("summary_idxs", torch.tensor(model.spec.summary_idxs))
         self._max_resolution = version.max_resolution if version else None
         self._preferred_resolution = version.preferred_resolution if version else None
@@ -69,6 +73,16 @@ class RADIOModel(nn.Module):
         """What a file says of the image sizes, in place of the version table."""
         self._max_resolution = max_resolution
         self._preferred_resolution = None if preferred_resolution is None else Resolution(*preferred_resolution)
+
+    @property
+    def backend(self) -> str:
+        """Which implementation of the ops runs, as in `load`; it can be set."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._backend = backend
+        self.model.set_backend(backend)
 
     # -- properties -------------------------------------------------------------------------------------------------
 
@@ -153,7 +167,10 @@ class RADIOModel(nn.Module):
         """
         check_choice("feature_fmt", feature_fmt, FEATURE_FORMATS)
         self._check_image(x)
-        tokens = self.model(x, self._conditioner())
+        replayed = self._replay(RADIOModel.forward, x, feature_fmt)
+        if replayed is not None:
+            return replayed
+        tokens = self._compute(x, lambda dtype: self.model(x, self._conditioner(), dtype))
         return self._outputs(tokens, *self.model.grid(x), feature_fmt)
 
     def forward_intermediates(
@@ -198,12 +215,24 @@ class RADIOModel(nn.Module):
         check_choice("aggregation", aggregation, ("sparse", "dense"))
         check_choice("norm_alpha_scheme", norm_alpha_scheme, ("none", "pre-alpha", "post-alpha"))
         self._check_image(x)
-        h, w = self.model.grid(x)
-        tokens = self.model.patch_generator(x, self._conditioner())
-        final, collected = collect_intermediates(
-            self.model, tokens, h, w, indices, norm, stop_early, aggregation, norm_alpha_scheme,
-            self.inter_feature_normalizer,
+        indices = tuple(resolve_indices(indices, len(self.model.blocks)))
+        replayed = self._replay(
+            RADIOModel.forward_intermediates, x, indices, bool(return_prefix_tokens), bool(norm), bool(stop_early),
+            output_fmt, bool(intermediates_only), aggregation, norm_alpha_scheme,
         )  # fmt: skip
+        if replayed is not None:
+            return replayed
+        h, w = self.model.grid(x)
+
+        def run(dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+            tokens = self.model.patch_generator(x, self._conditioner(), dtype)
+            final, collected = collect_intermediates(
+                self.model, tokens, h, w, indices, norm, stop_early, aggregation, norm_alpha_scheme,
+                self.inter_feature_normalizer,
+            )  # fmt: skip
+            return final, *collected
+
+        final, *collected = self._compute(x, run)
         outputs = [self._backbone_output(t, h, w, output_fmt, per_block=True) for t in collected]
         intermediates = outputs if return_prefix_tokens else [out.features for out in outputs]
         if intermediates_only:
@@ -211,6 +240,36 @@ class RADIOModel(nn.Module):
         return self._outputs(final, h, w, output_fmt), intermediates
 
     # -- pieces -----------------------------------------------------------------------------------------------------
+
+    def _replay(self, method: Callable, x: Tensor, *args) -> Any:
+        """What a CUDA graph gives for `method(self, x, *args)`; None where it has to be run."""
+        if torch.compiler.is_compiling() or self.graphs is None:
+            return None
+        return self.graphs.run(self, method, x, args)
+
+    def _compute(self, x: Tensor, run: Callable[[torch.dtype | None], Any]) -> Any:
+        """run(dtype): tokens, computed in autocast's dtype without PyTorch's autocast where kernels may run, which it
+        knows nothing of; of the dtype that they would have with it. run(None) elsewhere.
+        """
+        kind = x.device.type
+        if (
+            not torch.is_autocast_enabled(kind)
+            or torch.compiler.is_compiling()
+            or self.backend == "reference"
+            or not _dispatch.accelerated(x.device)
+            or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())))
+        ):
+            return run(None)
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            tokens = run(dtype)
+        out = self.model.autocast_dtype(dtype)
+        return tokens.to(out) if isinstance(tokens, Tensor) else tuple(t.to(out) for t in tokens)
+
+    def _apply(self, fn, recurse=True):
+        if self.graphs is not None:
+            self.graphs.drop()
+        return super()._apply(fn, recurse)
 
     def _conditioner(self) -> nn.Module | None:
         return None if isinstance(self.input_conditioner, nn.Identity) else self.input_conditioner
@@ -241,7 +300,8 @@ class RADIOModel(nn.Module):
 
     def _backbone_output(self, tokens: Tensor, h: int, w: int, fmt: str, per_block: bool = False) -> RadioOutput:
         prefix, features = self.model.split(tokens)
-        summary = prefix[:, list(self.model.summary_tokens)].flatten(1)
+        # Not indexed by a list: its copy to the GPU would be waited for, and can't be captured.
+        summary = torch.cat([prefix[:, i] for i in self.model.summary_tokens], dim=1)
         if self.feature_normalizer is not None and not per_block:
             features = self.feature_normalizer(features)
         return RadioOutput(summary, to_nchw(features, h, w) if fmt == "NCHW" else features)
