@@ -1,4 +1,4 @@
-"""The command line: radio-fast versions | info | embed | doctor."""
+"""The command line: radio-fast versions | info | embed | tune | doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ try:
     import typer
     from PIL import Image  # noqa: F401 (checked here so that a missing one is told at once)
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
@@ -24,13 +25,15 @@ except ImportError as error:
 import radio_fast
 from radio_fast import hf
 from radio_fast.checkpoint import read_checkpoint, state_of_checkpoint
-from radio_fast.doctor import examine
-from radio_fast.download import default_cache_dir
+from radio_fast.doctor import examine, examine_ops
 from radio_fast.images import ImageError, find_images, read_image, to_tensor
 from radio_fast.model import RADIOModel
 from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
 from radio_fast.models.registry import ARCHS, DEFAULT_VERSION, VERSIONS, find_version, unknown_version
 from radio_fast.models.spec import ViTSpec
+from radio_fast.ops._tuning import store
+from radio_fast.paths import default_cache_dir
+from radio_fast.tune import Choice, choices, tune
 
 app = typer.Typer(
     name="radio-fast",
@@ -145,8 +148,16 @@ def info(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ops: Annotated[
+        bool, typer.Option("--ops", help="Show each op's implementations instead: who won here, and by how much.")
+    ] = False,
+) -> None:
     """Show what this machine has, which backends can run, and why the others can't."""
+    if ops:
+        _doctor_ops(as_json)
+        return
     findings = examine()
     if as_json:
         typer.echo(json.dumps([f._asdict() for f in findings], indent=1, ensure_ascii=False))
@@ -156,6 +167,75 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             out.print(f"{mark}  [bold]{name:<18}[/] {detail}", highlight=False, soft_wrap=True)
     if any(f.ok is False for f in findings):
         raise typer.Exit(1)
+
+
+def _doctor_ops(as_json: bool) -> None:
+    device, implementations = examine_ops()
+    found = choices(device)
+    if as_json:
+        rows = [choice._asdict() | {"winner": choice.winner, "gain": choice.gain} for choice in found]
+        content = {"device": str(device), "implementations": implementations, "choices": rows}
+        typer.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        return
+    for op, reasons in implementations.items():
+        out.print(f"[bold]{op}[/]")
+        for name, reason in reasons.items():
+            mark = "[green]ok[/]" if reason is None else "[yellow]--[/]"
+            out.print(f"  {mark}  {name:<15}{reason or ''}", highlight=False, soft_wrap=True)
+    _print_choices(found, device)
+
+
+def _print_choices(found: list[Choice], device: torch.device) -> None:
+    if not found:
+        out.print(f"\nNothing has been measured on {device} yet: a model's first call does, or radio-fast tune VERSION")
+        return
+    table = Table(box=None, pad_edge=False, title=f"measured on {device}", title_justify="left")
+    for column in ("op", "bucket", "fastest", "µs", "next best", "gain", "dropped"):
+        table.add_column(column, justify="right" if column in ("µs", "gain") else "left", overflow="fold")
+    for choice in found:
+        second = [f"{name} {us:.1f}" for name, us in choice.times.items()][1:2] or [""]
+        gain = "" if choice.gain is None else f"{choice.gain:.2f}×"
+        best = f"{choice.times[choice.winner]:.1f}" if choice.times else ""
+        row = (choice.op, choice.bucket, choice.winner, best, second[0], gain, ", ".join(choice.dropped))
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+@app.command(name="tune")
+def tune_command(
+    version: Annotated[str, typer.Argument(metavar="VERSION|FILE", help="A version name, checkpoint file or folder.")],
+    resolution: Annotated[
+        str | None, typer.Option(help="Pixels, separated by commas: 224,384x512 (224 and the preferred one).")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, …")] = "cuda",
+) -> None:
+    """Measure every op's implementations ahead, so that no first call has to.
+
+    The weights don't matter: a version's are random, nothing is downloaded. Results are kept in the cache folder;
+    Ctrl-C keeps what is done. RADIO_FAST_TUNE=0 turns measuring off altogether.
+    """
+    if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", batch) or "0" in batch.split(","):
+        raise ValueError(f"--batch must be numbers of images from 1 on, separated by commas, got {batch!r}")
+    model = radio_fast.load(
+        version, device=device, dtype=dtype, random_init=find_version(version) is not None, cuda_graphs=False
+    )
+    texts = resolution.split(",") if resolution else [None, "224"]
+    sizes = {parse_resolution(text, model) for text in texts}
+    if None in sizes:
+        raise ValueError("--resolution must be numbers of pixels: 'native' is for embed")
+    batches = [int(n) for n in batch.split(",")]
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task("", total=len(sizes) * len(set(batches)))
+        for step in tune(model, sizes, batches):
+            progress.update(task, advance=1, description=f"{step.batch} × {step.height} × {step.width}")
+            if step.failed:
+                err.print(f"[bold red]left out:[/] {step.batch} × {step.height} × {step.width}: {step.failed}")
+    where = model.model.device
+    _print_choices(choices(where), where)
+    out.print(f"\nkept in {store(where).path}", highlight=False, soft_wrap=True)
 
 
 def parse_resolution(text: str | None, model: RADIOModel) -> tuple[int, int] | None:

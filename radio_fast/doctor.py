@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from radio_fast import native
-from radio_fast.download import default_cache_dir
-from radio_fast.ops._dispatch import why_not_triton
+from radio_fast.ops._dispatch import OPS, why_not_triton
+from radio_fast.ops._providers import PACKAGES, why_not_import
+from radio_fast.paths import default_cache_dir
 from radio_fast.version import __version__
 
 
@@ -29,6 +30,12 @@ def _package(name: str, distribution: str, why: str) -> Finding:
         return Finding(name, True, importlib.metadata.version(distribution))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, None, f"not installed: {why}")
+
+
+def _provider(name: str) -> Finding:
+    reason = why_not_import(name)
+    detail = "imports" if reason is None else f"{reason}: optional attention provider"
+    return Finding(name, None if reason else True, detail)
 
 
 def _nvcc() -> Finding:
@@ -80,6 +87,17 @@ def _triton_backend() -> Finding:
     return Finding("backend triton", None, f"can't run: {dots}")
 
 
+def examine_ops() -> tuple[torch.device, dict[str, dict[str, str | None]]]:
+    """Of the device that models would run on: each op's implementations, and why they don't run there, if so.
+
+    In bfloat16 where the GPU has it, else in float16.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    dtype = torch.float16 if old else torch.bfloat16
+    return device, {name: op.usable(device, dtype) for name, op in sorted(OPS.items())}
+
+
 def examine() -> list[Finding]:
     """Look at everything; no finding is ever an exception."""
     torch_ok = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 10)
@@ -95,8 +113,7 @@ def examine() -> list[Finding]:
         *_gpus(),
         _package("triton", "triton", "the kernels need it; it comes with torch's CUDA builds"),
         _nvcc(),
-        _package("flash-attn", "flash-attn", "optional attention provider"),
-        _package("xformers", "xformers", "optional attention provider"),
+        *map(_provider, PACKAGES),
         _package("transformers", "transformers", "only needed to compare against its RadioModel"),
         Finding("backend reference", torch_ok, "plain PyTorch, on any device that torch has"),
         _triton_backend(),
