@@ -7,36 +7,13 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness import compare, compiled, needs_gpu
+from bench.rivals import sdpa_rivals
 from bench.shapes import shapes
 from radio_fast import native, ops
 
 pytestmark = needs_gpu
-SDPA = {
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-
-
-def sdpa_rivals(q, k, v) -> dict:
-    """The SDPA backends that take these inputs; which they are is torch's to say, so each is tried."""
-    out = {}
-    for name, backend in SDPA.items():
-
-        def call(backend=backend):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-        try:
-            call()
-        except RuntimeError as error:
-            print(f"{name} left out: {str(error).splitlines()[0]}")
-        else:
-            out[name] = call
-    return out
 
 
 def package_rivals(qkv) -> dict:

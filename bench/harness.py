@@ -50,6 +50,13 @@ def time_on_cpu(rivals: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def synchronised() -> float:
+    """Seconds, once the device has done all its work: pytest-benchmark's timer for calls that only launch it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def compare(
     benchmark,
     rivals: dict[str, Callable[[], object]],

@@ -71,12 +71,13 @@ class PositionBias(nn.Module):
     def forward(self) -> Tensor:
         k, table = self.window, self.relative_coords_table
         if k != self.built:
-            offsets = torch.arange(1 - k, k, dtype=torch.float32) / (self.built - 1) * 8
+            offsets = torch.arange(1 - k, k, dtype=torch.float32, device=table.device) / (self.built - 1) * 8
             table = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1)
             table = table.sign() * (table.abs() + 1).log2() / math.log2(8)
         scores = 16 * self.cpb_mlp(table.to(self.cpb_mlp[0].weight.dtype)).sigmoid()
         scores = scores.reshape((2 * k - 1) ** 2, -1)
-        y, x = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
+        along = torch.arange(k, device=table.device)
+        y, x = torch.meshgrid(along, along, indexing="ij")
         y, x = y.flatten(), x.flatten()
         index = (y[:, None] - y + k - 1) * (2 * k - 1) + x[:, None] - x + k - 1
         return scores[index].permute(2, 0, 1)

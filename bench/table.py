@@ -1,13 +1,18 @@
-"""A benchmark's JSON as a Markdown table beside it: the rivals' times of each case, and ours over the best of them.
+"""Benchmarks' JSON as a Markdown table beside it: the rivals' times of each case, and ours over the best of them.
 
-`python -m bench.table FILE.json`
+`python -m bench.table FILE.json`; `python -m bench.table --merge ALL.json FILE.json…` makes one of several first.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
+
+
+def merge(reports: list[dict]) -> dict:
+    """One pytest-benchmark report of several that the same machine wrote one after the other."""
+    return reports[0] | {"benchmarks": [result for report in reports for result in report["benchmarks"]]}
 
 
 def table(report: dict, title: str) -> str:
@@ -40,7 +45,16 @@ def table(report: dict, title: str) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    text = table(json.loads(path.read_text()), path.stem)
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--merge", type=Path, metavar="ALL.json", help="write the files' results here, then its table")
+    options = parser.parse_args()
+    files = options.files
+    if options.merge:
+        reports = [json.loads(path.read_text()) for path in files]
+        options.merge.write_text(json.dumps(merge(reports), indent=1) + "\n")
+        files = [options.merge]
+    for path in files:
+        text = table(json.loads(path.read_text()), path.stem)
+        path.with_suffix(".md").write_text(text)
+        print(text)
