@@ -114,11 +114,12 @@ def test_contexts(first):
 
 def test_weights_made_in_inference_mode():
     model = load()
+    patches = model.model.patch_generator
     with torch.inference_mode():
-        model.bfloat16().float()
+        patches.pos_embed = nn.Parameter(patches.pos_embed.clone(), requires_grad=False)  # has no version
         for seed in range(3):
             assert_same(model(image(seed)), eager(model, image(seed)))
-        model.model.patch_generator.pos_embed.add_(1)  # has no version
+        patches.pos_embed.add_(1)
         assert_same(model(image()), eager(model, image()))
     assert replays(model) == 2
 
@@ -131,8 +132,26 @@ def test_autocast():
             with torch.autocast("cpu", torch.bfloat16):
                 warm(model, image())
                 assert_same(model(image(1)), eager(model, image(1)))
+            model.model.blocks[0].attn.qkv.weight.mul_(2)
         assert_same(model(image(1)), eager(model, image(1)))
     assert replays(model) == 4
+
+
+def test_the_copy_of_the_image_is_run_before_the_capture(monkeypatch):
+    """Kernels are compiled for a layout and an alignment, which no capture could wait for."""
+    model, seen = load(), []
+    forward = type(model.model).forward
+
+    def record(self, x, *args):
+        seen.append((x.data_ptr(), x.stride(), torch._C._len_torch_dispatch_stack()))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(type(model.model), "forward", record)
+    crop = image(rows=6)[..., :64, :]
+    warm(model, crop)
+    as_it_is, warmed, captured = seen[1:]
+    assert as_it_is[0] == crop.data_ptr() != warmed[0]
+    assert warmed[:2] == captured[:2] and (warmed[2], captured[2]) == (0, 2)
 
 
 def test_deterministic_fill():
@@ -177,6 +196,7 @@ def test_memory_is_bounded(caplog):
     probe = load()
     warm(probe, image())
     size = probe.graphs.memory
+    assert size == next(iter(probe.graphs._graphs.values())).capture.bytes + image().nbytes
     assert size > sum(t.nbytes for t in (image(), *probe(image())))
     model = load(max_bytes=2 * size)
     for rows in (2, 3, 4):
@@ -291,8 +311,9 @@ def test_copies_start_empty(copied):
     other = copied(model)
     assert other.graphs is not model.graphs and len(other.graphs) == 0
     assert (other.graphs.max_graphs, other.graphs.max_bytes, other.graphs.capture) == (3, 1 << 30, Tape)
-    assert other.graphs.enabled
     warm(other, image())
+    other.graphs.enabled = False
+    assert not copied(other).graphs.enabled
     with torch.no_grad():
         other.model.patch_generator.pos_embed.add_(1)
     assert_same(model(image()), eager(model, image()))
@@ -307,6 +328,8 @@ def test_clear_and_enabled():
     model.graphs.enabled = False
     model(image())
     assert replays(model) == 0 and "off" in repr(model.graphs)
+    model.double()
+    assert len(model.graphs) == 0  # at once: memory is wanted elsewhere
 
 
 def test_a_model_is_freed_at_once():

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from radio_fast.layers.cache import TensorCache
+from radio_fast.layers.mlp import Linear
 
 
 def torch_is_plain() -> bool:
@@ -84,7 +85,8 @@ class Baked:
     """What graphs take from a model: its modules, the addresses of its tensors, and which implementations run.
 
     A write into a weight is seen by a graph, which reads it where it is, but not by a tensor made from it and kept (the
-    positions, E-RADIO's bias): below a module with a `TensorCache` the tensors' versions count too.
+    positions, the bias of windows, biases that cuBLAS has in 16 bits): below a module with a `TensorCache`, and of a
+    `Linear`'s bias, the versions count too.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
@@ -107,7 +109,8 @@ class Baked:
             if isinstance(value, Tensor) and value.numel() == 1
         ]
         cachers = [m for m in modules if any(isinstance(value, TensorCache) for value in vars(m).values())]
-        sources = (t for m in cachers for t in (*m.parameters(), *m.buffers()))
+        sources = [t for m in cachers for t in (*m.parameters(), *m.buffers())]
+        sources += [m.bias for m in modules if isinstance(m, Linear) and m.bias is not None]
         self.sources = [t for t in sources if not t.is_inference()]  # which have no version, and are not cached
         self.versions = [t._version for t in self.sources]
         chosen = [(vars(m), name) for m in modules for name in ("backend", "fuse_norm") if hasattr(m, name)]

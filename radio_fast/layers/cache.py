@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
+import torch
 from torch import Tensor
 
 from radio_fast.ops._dispatch import capturing
@@ -33,6 +34,8 @@ class TensorCache:
             return found[1]
 
     def put(self, key: tuple, stamp: tuple, value: Tensor) -> None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return  # it belongs to a transform, which will end
         if capturing(value.device):
             return  # it belongs to a graph, and is not there before that is replayed
         size = value.untyped_storage().nbytes()

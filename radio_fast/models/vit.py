@@ -99,7 +99,7 @@ class VisionTransformer(Backbone):
         """
         last = len(self.blocks) - 1 if last is None else last
         aside = normed = None
-        for i, block in enumerate(self.blocks[: last + 1]):
+        for i, block in enumerate(self.blocks):
             windowed = i in self.windowed
             if windowed and aside is None:
                 aside, x = self.split(x)
@@ -113,6 +113,8 @@ class VisionTransformer(Backbone):
                 x, normed = block.step(x, normed, self.blocks[i + 1].norm1 if alike else None, window)
             if visit is not None:
                 visit(i, x if aside is None else cat([aside, x], dim=1))
+            if i == last:
+                break
         return x if aside is None else cat([aside, x], dim=1)
 
     def forward(self, image: Tensor, conditioner: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
