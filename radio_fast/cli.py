@@ -15,8 +15,6 @@ try:
     import torch
     import typer
     from PIL import Image  # noqa: F401 (checked here so that a missing one is told at once)
-    from rich.console import Console
-    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
@@ -25,15 +23,15 @@ except ImportError as error:
 import radio_fast
 from radio_fast import hf
 from radio_fast.checkpoint import read_checkpoint, state_of_checkpoint
-from radio_fast.doctor import examine, examine_ops
+from radio_fast.cli_common import err, out, parse_resolution
+from radio_fast.cli_ops import doctor_ops, tune_command
+from radio_fast.doctor import examine
 from radio_fast.images import ImageError, find_images, read_image, to_tensor
 from radio_fast.model import RADIOModel
 from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
 from radio_fast.models.registry import ARCHS, DEFAULT_VERSION, VERSIONS, find_version, unknown_version
 from radio_fast.models.spec import ViTSpec
-from radio_fast.ops._tuning import store
 from radio_fast.paths import default_cache_dir
-from radio_fast.tune import Choice, choices, tune
 
 app = typer.Typer(
     name="radio-fast",
@@ -43,8 +41,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run NVIDIA's RADIO vision foundation models.",
 )
-out = Console()
-err = Console(stderr=True)
 
 
 def main() -> None:
@@ -156,7 +152,7 @@ def doctor(
 ) -> None:
     """Show what this machine has, which backends can run, and why the others can't."""
     if ops:
-        _doctor_ops(as_json)
+        doctor_ops(as_json)
         return
     findings = examine()
     if as_json:
@@ -169,97 +165,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _doctor_ops(as_json: bool) -> None:
-    device, implementations = examine_ops()
-    found = choices(device)
-    if as_json:
-        rows = [choice._asdict() | {"winner": choice.winner, "gain": choice.gain} for choice in found]
-        content = {"device": str(device), "implementations": implementations, "choices": rows}
-        typer.echo(json.dumps(content, indent=1, ensure_ascii=False))
-        return
-    for op, reasons in implementations.items():
-        out.print(f"[bold]{op}[/]")
-        for name, reason in reasons.items():
-            mark = "[green]ok[/]" if reason is None else "[yellow]--[/]"
-            out.print(f"  {mark}  {name:<15}{reason or ''}", highlight=False, soft_wrap=True)
-    _print_choices(found, device)
-
-
-def _print_choices(found: list[Choice], device: torch.device) -> None:
-    if not found:
-        out.print(f"\nNothing has been measured on {device} yet: a model's first call does, or radio-fast tune VERSION")
-        return
-    table = Table(box=None, pad_edge=False, title=f"measured on {device}", title_justify="left")
-    for column in ("op", "bucket", "fastest", "µs", "next best", "gain", "dropped"):
-        table.add_column(column, justify="right" if column in ("µs", "gain") else "left", overflow="fold")
-    for choice in found:
-        second = [f"{name} {us:.1f}" for name, us in choice.times.items()][1:2] or [""]
-        gain = "" if choice.gain is None else f"{choice.gain:.2f}×"
-        best = f"{choice.times[choice.winner]:.1f}" if choice.times else ""
-        row = (choice.op, choice.bucket, choice.winner, best, second[0], gain, ", ".join(choice.dropped))
-        table.add_row(*map(escape, row))
-    out.print(table)
-
-
-@app.command(name="tune")
-def tune_command(
-    version: Annotated[str, typer.Argument(metavar="VERSION|FILE", help="A version name, checkpoint file or folder.")],
-    resolution: Annotated[
-        str | None, typer.Option(help="Pixels, separated by commas: 224,384x512 (224 and the preferred one).")
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, …")] = "cuda",
-) -> None:
-    """Measure every op's implementations ahead, so that no first call has to.
-
-    The weights don't matter: a version's are random, nothing is downloaded. Results are kept in the cache folder;
-    Ctrl-C keeps what is done. RADIO_FAST_TUNE=0 turns measuring off altogether.
-    """
-    if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", batch) or "0" in batch.split(","):
-        raise ValueError(f"--batch must be numbers of images from 1 on, separated by commas, got {batch!r}")
-    model = radio_fast.load(
-        version, device=device, dtype=dtype, random_init=find_version(version) is not None, cuda_graphs=False
-    )
-    texts = resolution.split(",") if resolution else [None, "224"]
-    sizes = {parse_resolution(text, model) for text in texts}
-    if None in sizes:
-        raise ValueError("--resolution must be numbers of pixels: 'native' is for embed")
-    batches = [int(n) for n in batch.split(",")]
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err) as progress:
-        task = progress.add_task("", total=len(sizes) * len(set(batches)))
-        for step in tune(model, sizes, batches):
-            progress.update(task, advance=1, description=f"{step.batch} × {step.height} × {step.width}")
-            if step.failed:
-                err.print(f"[bold red]left out:[/] {step.batch} × {step.height} × {step.width}: {step.failed}")
-    where = model.model.device
-    _print_choices(choices(where), where)
-    out.print(f"\nkept in {store(where).path}", highlight=False, soft_wrap=True)
-
-
-def parse_resolution(text: str | None, model: RADIOModel) -> tuple[int, int] | None:
-    """(height, width) in pixels from "432" or "384x512", the preferred one from None, None from "native".
-
-    Raises:
-        ValueError: not of these forms, or a size the model does not take; the message names the nearest it takes.
-    """
-    if text == "native":
-        return None
-    if text is None:
-        size = tuple(model.preferred_resolution or (512, 512))
-    else:
-        parts = text.lower().split("x")
-        if len(parts) > 2 or not all(p.isdecimal() and 0 < int(p) <= 16384 for p in parts):
-            raise ValueError(f"--resolution must be a number of pixels, HEIGHTxWIDTH or 'native', got {text!r}")
-        size = (int(parts[0]), int(parts[-1]))
-    near = model.get_nearest_supported_resolution(*size)
-    if text is not None and near != size:
-        raise ValueError(
-            f"--resolution {text}: sides must be multiples of {model.min_resolution_step}; "
-            f"the nearest supported size is {near.height}x{near.width}"
-        )
-    return tuple(near)
+app.command(name="tune")(tune_command)
 
 
 @app.command()

@@ -22,7 +22,7 @@ class Step(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a bucket's measurement came to. times: microseconds by implementation, fastest first."""
+    """What a bucket's measurement came to. times: microseconds by implementation, the one that runs first."""
 
     op: str
     bucket: str
@@ -35,9 +35,17 @@ class Choice(NamedTuple):
 
     @property
     def gain(self) -> float | None:
-        """The second best time over the best; None if there is no second."""
+        """The best other time over that of the one that runs; None if there is no other."""
         best, *others = self.times.values() or [0.0]
-        return others[0] / best if others else None
+        return min(others) / best if others else None
+
+
+def check_tunable(device: torch.device) -> None:
+    """Raise a ValueError if there is nothing to choose from on a device, or RADIO_FAST_TUNE=0."""
+    if not _dispatch.accelerated(device):
+        raise ValueError(f"nothing to tune on {device}: plain PyTorch runs there. Kernels need an NVIDIA GPU")
+    if not _tuning.enabled():
+        raise ValueError("RADIO_FAST_TUNE=0 is set: nothing would be measured")
 
 
 def tune(model: RADIOModel, sizes: Iterable[tuple[int, int]], batches: Iterable[int]) -> Iterator[Step]:
@@ -47,10 +55,7 @@ def tune(model: RADIOModel, sizes: Iterable[tuple[int, int]], batches: Iterable[
         ValueError: there is nothing to choose from on the model's device, or RADIO_FAST_TUNE=0.
     """
     device = model.model.device
-    if not _dispatch.accelerated(device):
-        raise ValueError(f"nothing to tune on {device}: plain PyTorch runs there. Kernels need an NVIDIA GPU")
-    if not _tuning.enabled():
-        raise ValueError("RADIO_FAST_TUNE=0 is set: nothing would be measured")
+    check_tunable(device)
     shapes = sorted({(n, *size) for size in sizes for n in batches}, key=lambda shape: shape[0] * shape[1] * shape[2])
     for batch, height, width in shapes:
         try:
@@ -68,6 +73,5 @@ def choices(device: torch.device) -> list[Choice]:
     for op, buckets in sorted(_tuning.store(device).refreshed().items()):
         if op in OPS:
             for bucket, record in sorted(buckets.items()):
-                times = dict(sorted(record.times.items(), key=lambda item: item[1]))
-                found.append(Choice(op, bucket, times, record.dropped))
+                found.append(Choice(op, bucket, record.times, record.dropped))
     return found

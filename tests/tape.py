@@ -38,6 +38,10 @@ class Recorder(TorchDispatchMode):
         return outputs
 
 
+class Capturing(Recorder):
+    transparent = True  # as a stream that is captured
+
+
 class Tape:
     """What `CudaCapture` is, for CPU tensors. `log` has the order of everything."""
 
@@ -71,7 +75,7 @@ class Tape:
         self.note("capture")
         if self.flaw == "fails":
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        with Recorder() as recorder:
+        with Capturing() as recorder:
             outputs = run()
         self.steps = recorder.steps
         own = {}

@@ -25,7 +25,7 @@ def worth_it(monkeypatch):
         monkeypatch.setattr(op, "_rankings", {})
 
     def measure(runs, device):
-        return {name: 2000.0 if name == "reference" else 1000.0 for name in runs}
+        return {name: 2000.0 if name == "reference" else 1000.0 for name in runs}, {}
 
     monkeypatch.setattr(_tuning, "measure", measure)
 
@@ -40,19 +40,19 @@ def source() -> str:
 
 
 def test_tune_fills_the_file(worth_it, source, nearest_bfloat16, monkeypatch):
-    result = run("tune", source, "--device", "cpu", "--resolution", "32,32x64", "--batch", "2,1", "--dtype", "float32")
+    result = run("tune", source, "--device", "cpu", "--resolution", "32", "--batch", "2,1", "--dtype", "float32")
     assert result.exit_code == 0, result.output + repr(result.exception)
     (path,) = _tuning.folder().glob("*.json")
     assert str(path) in result.output
     found = json.loads(path.read_text())["choices"]
-    assert list(found["attention"]) == [f"float32 d80 heads{heads} n{n}" for heads in (2, 4) for n in (12, 16)]
+    assert list(found["attention"]) == ["float32 d80 heads2 n12", "float32 d80 heads4 n12"]
     assert "2.00×" in result.output and "triton" in result.output
     # and a model runs on what is in the file, without a measurement
     for op in OPS.values():
         op.forget()
     monkeypatch.setattr(_tuning, "_stores", {})
     monkeypatch.setattr(_tuning, "measure", None)
-    radio_fast.load(source)(torch.rand(2, 3, 32, 64))
+    radio_fast.load(source)(torch.rand(2, 3, 32, 32))
 
 
 def test_tune_skips_what_does_not_fit(worth_it, source, monkeypatch):
@@ -75,15 +75,27 @@ def test_tune_skips_what_does_not_fit(worth_it, source, monkeypatch):
     ("arguments", "message"),
     [
         (["--device", "cpu"], "nothing to tune on cpu: plain PyTorch runs there"),
+        (["--device", "gpu"], "device must be a torch device such as 'cpu'"),
+        (["--device", "cpu", "--batch", "1,00"], "--batch must be numbers of images from 1 on"),
         (["--device", "cpu", "--batch", "0"], "--batch must be numbers of images from 1 on"),
         (["--device", "cpu", "--batch", "1;2"], "--batch must be numbers of images from 1 on"),
-        (["--device", "cpu", "--resolution", "33"], "the nearest supported size is 32x32"),
-        (["--device", "cpu", "--resolution", "native"], "'native' is for embed"),
-        (["--device", "cpu", "--dtype", "int8"], "dtype must be float32, float16 or bfloat16"),
     ],
 )
 def test_tune_says_what_is_wrong(source, arguments, message):
     result = run("tune", source, *arguments)
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resolution", "33"], "the nearest supported size is 32x32"),
+        (["--resolution", "native"], "'native' is for embed"),
+        (["--dtype", "int8"], "dtype must be float32, float16 or bfloat16"),
+    ],
+)
+def test_tune_on_a_gpu_says_what_is_wrong(worth_it, source, arguments, message):
+    result = run("tune", source, "--device", "cpu", *arguments)
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
 
 
@@ -94,7 +106,7 @@ def test_tune_when_measuring_is_off(worth_it, source, monkeypatch):
 
 
 def test_doctor_shows_ops(worth_it, source, nearest_bfloat16):
-    assert "Nothing has been measured on cpu yet" in run("doctor", "--ops").output
+    assert "Nothing has been measured on cpu: a model's first call does" in run("doctor", "--ops").output
     run("tune", source, "--device", "cpu", "--resolution", "32", "--batch", "1", "--dtype", "float32")
     result = run("doctor", "--ops")
     assert result.exit_code == 0, result.output
@@ -110,7 +122,11 @@ def test_doctor_shows_ops(worth_it, source, nearest_bfloat16):
 def test_doctor_shows_what_another_process_measured(worth_it, source):
     _tuning.store(torch.device("cpu"))
     other = _tuning.Store(torch.device("cpu"))
-    other.put("layer_norm", "float16 d[red] rows1", _tuning.Record({"triton": 3.0}, {"reference": "wrong"}))
+    other.put("layer_norm", "float16 d[red] rows1", _tuning.Record({"triton": 3.0, "reference": 4.0}, {}))
     output = run("doctor", "--ops").output
     assert "d[red]" in output, "no markup of a file's making"
     assert "3.0" in output
+
+
+def test_doctor_without_a_gpu():
+    assert "Nothing has been measured on cpu: plain PyTorch runs there" in run("doctor", "--ops").output

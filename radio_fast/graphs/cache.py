@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from radio_fast.graphs.capture import CudaCapture, Graph, same_bits
-from radio_fast.graphs.state import Baked, overrides, torch_is_plain, torch_settings
+from radio_fast.graphs.state import Baked, torch_settings
 from radio_fast.models.eradio import ERADIO
+from radio_fast.ops._state import overrides, torch_is_plain
 
 log = logging.getLogger("radio_fast")
 
@@ -142,7 +143,8 @@ class GraphCache:
             return None
         vit = None if isinstance(model.model, ERADIO) else model.model
         windows = (vit.window_size, vit.windowed) if vit else model.model.attention_window
-        key = (method, args, x.shape, x.stride(), x.dtype, x.device, windows, torch_settings(x), overrides())
+        settings = (*torch_settings(x), *overrides().items())
+        key = (method, args, x.shape, x.stride(), x.dtype, x.device, windows, settings)
         with self._lock:
             graph, baked = self._graphs.get(key), self._baked
             if graph is not None:

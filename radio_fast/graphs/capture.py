@@ -138,6 +138,8 @@ def same_bits(ours: Any, theirs: Any) -> bool:
 class _Read(TorchDispatchMode):
     """Collects the tensors that operators read and did not make, but for those in the storages `known`."""
 
+    transparent = True
+
     def __init__(self, known: set[int]):
         super().__init__()
         self.known = known

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -11,23 +10,9 @@ from operator import attrgetter
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 from radio_fast.layers.cache import TensorCache
 from radio_fast.layers.mlp import Linear
-
-
-def torch_is_plain() -> bool:
-    """Whether torch's functions do what they say: no tracer, transform or mode is at work, but for a default device."""
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and all(type(mode) is DeviceContext for mode in modes)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-    )
 
 
 def torch_settings(x: Tensor) -> tuple:
@@ -52,20 +37,6 @@ _GETTERS = [
     )
     if hasattr(torch._C, f"_get_{name}")
 ]  # fmt: skip
-
-_environment = getattr(os.environ, "_data", os.environ)  # the dictionary inside is compared in 0.3 µs
-_overrides: tuple[dict, tuple] = ({}, ())
-
-
-def overrides() -> tuple:
-    """The RADIO_FAST_* variables, some of which choose implementations."""
-    global _overrides
-    seen, found = _overrides
-    if seen != _environment:
-        seen = dict(_environment)
-        found = tuple(sorted(item for item in os.environ.items() if item[0].startswith("RADIO_FAST_")))
-        _overrides = seen, found
-    return found
 
 
 def pointer_check(tensors: list[Tensor], pointers: list[int]) -> Callable[[], bool]:

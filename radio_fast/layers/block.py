@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from radio_fast import ops
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.mlp import Mlp, SwiGLU
+from radio_fast.layers.mlp import Mlp, SwiGLU, add_norm, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 
 
@@ -35,8 +35,10 @@ class Block(nn.Module):
         if self.fuse_norm:
             return self._forward_fused(x, window, branch)
         normed = None
-        if branch is not None:
+        if branch is not None and untouched(self.norm1, LayerNorm):
             x, normed = self.norm1.after_add(x, branch)
+        elif branch is not None:
+            x = x + branch
         return self.step(x, normed, None, window)[0]
 
     def step(
@@ -52,7 +54,7 @@ class Block(nn.Module):
         """
         y = self.norm1(x) if normed is None else normed
         y = self.attn.mix(self.attn.qkv(y), window)
-        x, y = self.attn.proj.add_norm(y, x, self.norm2)
+        x, y = add_norm(self.attn.proj, y, x, self.norm2)
         return self.mlp.contract(self.mlp.expand(y), x, after)
 
     def _forward_fused(self, x: Tensor, window, branch: Tensor | None) -> Tensor:

@@ -3,10 +3,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-import torch
 from torch import Tensor
 
-from radio_fast.ops._dispatch import capturing
+from radio_fast.ops._state import capturing, settle
 
 
 class TensorCache:
@@ -34,10 +33,9 @@ class TensorCache:
             return found[1]
 
     def put(self, key: tuple, stamp: tuple, value: Tensor) -> None:
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
-            return  # it belongs to a transform, which will end
         if capturing(value.device):
             return  # it belongs to a graph, and is not there before that is replayed
+        settle(value)
         size = value.untyped_storage().nbytes()
         with self.lock:
             if key in self.entries:

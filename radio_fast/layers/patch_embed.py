@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from radio_fast import ops
 from radio_fast.layers.cache import TensorCache
 from radio_fast.layers.conditioner import InputConditioner
+from radio_fast.ops._state import cacheable
 
 
 class PrefixTokens(nn.Module):
@@ -61,7 +62,7 @@ class PatchGenerator(nn.Module):
         """(h·w, D) in `dtype` (the table's if None), computed once per size while the table stays as it is."""
         table = self.pos_embed
         dtype = dtype or table.dtype
-        if torch.compiler.is_compiling() or (table.requires_grad and torch.is_grad_enabled()) or table.is_inference():
+        if not cacheable(table):
             return ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend).to(dtype)
         key, stamp = (h, w, dtype, table.device), (table.data_ptr(), table._version)
         pos = self._pos_cache.get(key, stamp)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from radio_fast import ops
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.cache import TensorCache
+from radio_fast.ops._state import cacheable
 
 
 def coords_table(window: int, pretrained: int) -> Tensor:
@@ -72,8 +73,7 @@ class PositionBias(nn.Module):
         """
         first, last = self.cpb_mlp[0], self.cpb_mlp[2]
         sources = (self.relative_coords_table, first.weight, first.bias, last.weight)
-        differentiable = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if torch.compiler.is_compiling() or differentiable or any(source.is_inference() for source in sources):
+        if not cacheable(*sources):
             return self._compute(window, dtype)
         stamp = tuple((source.data_ptr(), source._version) for source in sources)
         bias = self._cache.get((window, dtype), stamp)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, cat, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.block import Block
-from radio_fast.layers.mlp import Mlp, SwiGLU
+from radio_fast.layers.mlp import Mlp, SwiGLU, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.layers.patch_embed import PatchGenerator
 from radio_fast.models.backbone import Backbone
@@ -98,6 +99,7 @@ class VisionTransformer(Backbone):
         While blocks attend inside windows, the prefix tokens are set aside and pass unchanged.
         """
         last = len(self.blocks) - 1 if last is None else last
+        called = not torch.compiler.is_compiling() and _has_any_global_hook()  # whoever hooks all modules sees blocks
         aside = normed = None
         for i, block in enumerate(self.blocks):
             windowed = i in self.windowed
@@ -106,7 +108,7 @@ class VisionTransformer(Backbone):
             elif aside is not None and not windowed:
                 aside, x = None, cat([aside, x], dim=1)
             window = (h, w, self.window_size) if windowed else None
-            if block.fuse_norm or block._forward_hooks or block._forward_pre_hooks:
+            if called or block.fuse_norm or not untouched(block, Block):
                 x, normed = block(x, window), None
             else:
                 alike = i < last and windowed == (i + 1 in self.windowed)  # the next block takes the same tokens

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from radio_fast import native
 from radio_fast.arch import arch_of
+from radio_fast.ops._state import overrides, torch_is_plain
 
 BACKENDS = ("auto", "reference", "triton")  # of a whole model; "cuda" and others are some ops'
 LIBRARY = torch.library.Library("radio_fast", "FRAGMENT")
@@ -95,6 +97,8 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _why_not_now(args: tuple) -> str | None:
+    if forward_ad._current_level >= 0:
+        return "the kernels have no forward-mode derivative: use the reference backend"
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return "the kernels have no backward: use torch.no_grad() or the reference backend"
     if torch.is_autocast_enabled(args[0].device.type):
@@ -105,11 +109,6 @@ def _why_not_now(args: tuple) -> str | None:
 def accelerated(device: torch.device) -> bool:
     """Whether "auto" looks for anything but plain PyTorch on `device`."""
     return device.type == "cuda"
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured: what is computed now exists once the graph is replayed."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Implementation(NamedTuple):
@@ -135,6 +134,7 @@ class Op:
         reference: the plain form.
         key: of a call's arguments, their bucket of shapes: each is measured once. None: the shipped order, unmeasured.
         first: of a call's arguments, the implementation that then heads the shipped order ("": as it is).
+        truth: the dtype that 16-bit implementations are checked in, on two images; float32's are in float64.
         batched: which of its arguments have the batch as their first axis (their results have it too): an
             implementation is checked on the first and the last image of a batch.
     """
@@ -146,12 +146,14 @@ class Op:
         key: Callable[..., str | None],
         batched: tuple[int, ...] = (0,),
         first: Callable[..., str] = lambda *args: "",
+        truth: torch.dtype = torch.float64,
     ):
         self.name = name
         self.variable = f"RADIO_FAST_{name.upper()}"
         self.key = key
         self.first = first
         self.batched = batched
+        self.truth = truth
         self.implementations = {"reference": Implementation(reference, _runs, KERNEL_DTYPES)}
         self._rankings: dict[tuple, tuple[str, ...]] = {}
         OPS[name] = self
@@ -184,7 +186,8 @@ class Op:
             ValueError: no such backend, or one was asked for that can't run; the message says why.
         """
         if backend == "auto":
-            backend = os.environ.get(self.variable) or os.environ.get("RADIO_FAST_BACKEND") or "auto"
+            named = overrides()
+            backend = named.get(self.variable) or named.get("RADIO_FAST_BACKEND", "auto")
         if backend == "reference" or (backend == "auto" and not accelerated(args[0].device)):
             return "reference"
         if backend != "auto":
@@ -212,11 +215,11 @@ class Op:
     def _ranking(self, args: tuple, limits: Mapping[str, str | None]) -> tuple[str, ...]:
         """What runs on the device of `args`, best first."""
         device, dtype, first = args[0].device, args[0].dtype, self.first(*args)
-        if torch.compiler.is_compiling():  # nothing can be measured, nor remembered
+        if torch.compiler.is_compiling() or not torch_is_plain():  # nothing can be measured, nor remembered
             return shipped_order(self.name, device, dtype, first)
         key = self.key(*args)
         barred = tuple(limits.items()) if any(limits.values()) else None
-        slot = (device, dtype, os.environ.get("RADIO_FAST_ARCH"), key, first, barred)
+        slot = (device, dtype, overrides().get("RADIO_FAST_ARCH"), key, first, barred)
         ranking = self._rankings.get(slot)
         if ranking is None:
             from radio_fast.ops import _tuning  # it imports this module

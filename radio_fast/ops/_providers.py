@@ -1,4 +1,4 @@
-"""Attention as other packages do it: torch's SDPA backends by name, flash-attn 2, 3 and 4, xFormers.
+"""Attention as others do it: torch's SDPA backends by name, flash-attn 2, 3 and 4, xFormers.
 
 "auto" takes one only where `_tuning` measured it to be the fastest; by its name (`backend=`, RADIO_FAST_ATTENTION) it
 runs, or is an error. Each takes packed q, k, v without copying them; none takes packed images or windows here.
@@ -12,17 +12,16 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radio_fast.arch import arch_of
 from radio_fast.ops._dispatch import HALF, Op
 
+# What F.scaled_dot_product_attention calls. `sdpa_kernel`, which chooses among them, does so for all threads at once.
 SDPA = {
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-cudnn": ("_scaled_dot_product_cudnn_attention", (None, False)),  # no bias, no log-sum-exp
+    "sdpa-flash": ("_scaled_dot_product_flash_attention", ()),
+    "sdpa-efficient": ("_scaled_dot_product_efficient_attention", (None, False)),
 }
 # name: the module, its function on q, k, v of (B, N, H, d), the sms that it is made for
 PACKAGES = {
@@ -38,10 +37,10 @@ def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
 
 
-def _sdpa(backend: SDPBackend, qkv: Tensor, num_heads: int, cu_seqlens=None, max_seqlen=None, window=None) -> Tensor:
+def _sdpa(name: str, qkv: Tensor, num_heads: int, cu_seqlens=None, max_seqlen=None, window=None) -> Tensor:
+    operator, arguments = SDPA[name]
     q, k, v = (t.transpose(1, 2) for t in _heads(qkv, num_heads))
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return getattr(torch.ops.aten, operator)(q, k, v, *arguments)[0].transpose(1, 2).flatten(2)
 
 
 def _package(name: str, qkv: Tensor, num_heads: int, cu_seqlens=None, max_seqlen=None, window=None) -> Tensor:
@@ -99,7 +98,7 @@ def _why_not_package(name: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def add_attention_providers(op: Op) -> None:
-    for name, backend in SDPA.items():
-        op.add(name, partial(_sdpa, backend), partial(_why_not_sdpa, name), shipped=())
+    for name in SDPA:
+        op.add(name, partial(_sdpa, name), partial(_why_not_sdpa, name), shipped=())
     for name in PACKAGES:
         op.add(name, partial(_package, name), partial(_why_not_package, name), shipped=())

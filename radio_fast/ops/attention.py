@@ -104,7 +104,11 @@ def attention(
         native_limit = f"head dim must be one of {', '.join(map(str, native.HEAD_DIMS))}"
     elif limit is None and window is not None and window[2] > native.MAX_WINDOW:
         native_limit = f"windows may have 1…{native.MAX_WINDOW} positions a side, got {window[2]}"
-    foreign = limit if limit or cu_seqlens is window is None else "packed images and windows are not for it"
+    foreign = limit
+    if cu_seqlens is not None or window is not None:
+        foreign = "packed images and windows are not for it"
+    elif limit is None and qkv.stride(-1) != 1:
+        foreign = "qkv's last axis must be adjacent"
     limits = dict.fromkeys(ATTENTION.implementations, foreign) | {"triton": limit, "cuda": native_limit}
     limits["reference"] = None
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
@@ -164,7 +168,7 @@ for _name, _implementation in (("attention", _kernel), ("attention_cuda", _nativ
         _implementation,
     )
 
-ATTENTION = Op("attention", attention_ref, _key)
+ATTENTION = Op("attention", attention_ref, _key, truth=torch.float32)  # in float64 the scores would be in memory
 ATTENTION.add("triton", _call(torch.ops.radio_fast.attention), triton_runs(needs_dot=True))
 # The extension has no tensor cores for float32: a simple kernel, by name or by measurement.
 ATTENTION.add("cuda", _call(torch.ops.radio_fast.attention_cuda), why_not_native, shipped=HALF)

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from radio_fast.ops import _dispatch
 from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
-from radio_fast.ops.norm import add_layer_norm, layer_norm, layer_norm_ref
+from radio_fast.ops._state import cacheable, capturing, overrides, settle
+from radio_fast.ops.norm import ADD_LAYER_NORM, LAYER_NORM, add_layer_norm, layer_norm, layer_norm_ref
 
 ACTIVATIONS = (None, "gelu", "silu", "swiglu")
 
 
-_casts = WeakTensorKeyDictionary()  # bias → (the state and dtype it was cast from and to, its cast)
-
-
 def _bias_as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A float32 bias in the dtype that cuBLAS adds it in; on a GPU cast once, not by a launch in every call."""
+    """A float32 bias in the dtype that cuBLAS adds it in; on a GPU cast once, not by a launch in every call.
+
+    The cast is kept with the bias. As everywhere, writes to `.data` are not seen: torch does not count them.
+    """
     if bias is None or bias.dtype == dtype:
         return bias
-    differentiable = bias.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or differentiable or not _dispatch.accelerated(bias.device) or bias.is_inference():
+    if not _dispatch.accelerated(bias.device) or not cacheable(bias):
         return bias.to(dtype)
     state = (bias.data_ptr(), bias._version, dtype)
-    found = _casts.get(bias)
+    found = getattr(bias, "_radio_fast_cast", None)
     if found is None or found[0] != state:
         with torch.inference_mode(False), torch.no_grad():
             found = state, bias.to(dtype)
-        if not _dispatch.capturing(bias.device):
-            _casts[bias] = found
+        if not capturing(bias.device):
+            settle(found[1])
+            bias._radio_fast_cast = found
     return found[1]
 
 
@@ -68,7 +66,9 @@ def ln_linear_ref(
     bias: Tensor | None,
     activation: str | None = None,
 ) -> Tensor:
-    normalised = (x.float() - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight.float() + norm_bias.float()
+    wide = x if x.dtype == torch.float64 else x.float()
+    norm_weight, norm_bias = norm_weight.to(wide.dtype), norm_bias.to(wide.dtype)
+    normalised = (wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1) * norm_weight + norm_bias
     return linear_ref((normalised * norm_scale).to(x.dtype), weight, bias, activation)
 
 
@@ -188,8 +188,10 @@ def linear_add_norm(
         Both (..., M) in x's dtype. The norm is taken of s as it is stored.
     """
     args = (x, weight, bias, residual, norm_weight, norm_bias, eps, norm_scale)
-    if backend == "auto" and "RADIO_FAST_LINEAR_ADD_NORM" not in os.environ:
-        backend = os.environ.get("RADIO_FAST_BACKEND") or "auto"  # of the two parts
+    if backend == "auto" and LINEAR_ADD_NORM.variable not in overrides():
+        backend = overrides().get("RADIO_FAST_BACKEND", "auto")  # of the two parts
+        if any(part.variable in overrides() for part in (LINEAR, LAYER_NORM, ADD_LAYER_NORM)):
+            return _deferred(*args)  # each as it was named
     if backend not in ("auto", "reference"):
         return _deferred(*args, backend=backend)
     return LINEAR_ADD_NORM(backend, args, {})

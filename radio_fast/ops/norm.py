@@ -28,7 +28,7 @@ def add_layer_norm_ref(
 
 
 def norm_stats_ref(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(x.float(), dim=-1, correction=0)
+    var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), dim=-1, correction=0)
     return mean, torch.rsqrt(var + eps)
 
 

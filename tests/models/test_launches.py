@@ -27,6 +27,8 @@ CASES = ["vit_h16", "vit_so400m16", "vit_l16_half", "dinov2_g14", "vit_g16_scale
 class Launches(TorchDispatchMode):
     """The operators that are called, by name: each is one kernel, ours as PyTorch's, but for views."""
 
+    transparent = True
+
     def __init__(self):
         super().__init__()
         self.seen: Counter[str] = Counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,21 +71,26 @@ def test_packages_read_qkv_in_place(packages, name):
 @pytest.mark.parametrize("name", _providers.SDPA)
 def test_sdpa_asks_for_its_backend(monkeypatch, name):
     asked = []
+    operator, arguments = _providers.SDPA[name]
+    schema = getattr(torch.ops.aten, operator).default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names[:3] == ["query", "key", "value"]
+    assert names[3 : 3 + len(arguments)] == ["attn_bias", "compute_log_sumexp"][: len(arguments)]
+    assert all(argument.has_default_value() for argument in schema.arguments[3 + len(arguments) :])
 
-    class Kernel:
-        def __init__(self, backend):
-            asked.append(backend)
+    def attend(q, k, v, *rest):
+        asked.append(rest)
+        return F.scaled_dot_product_attention(q, k, v), None
 
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *error):
-            pass
-
-    monkeypatch.setattr(_providers, "sdpa_kernel", Kernel)
+    monkeypatch.setattr(torch.ops.aten, operator, attend)
     qkv = qkv_like(2, 24, 96, dtype=torch.float32, device="cpu")
     assert_relative(ATTENTION.implementations[name].run(qkv, 2, None, None, None), attention_ref(qkv, 2))
-    assert asked == [_providers.SDPA[name]]
+    assert asked == [arguments]
+
+
+def test_sdpa_leaves_the_users_choice_alone():
+    """`sdpa_kernel` sets flags of the whole process: two threads inside it leave them wrong for good."""
+    assert "sdpa_kernel(" not in Path(_providers.__file__).read_text()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +138,10 @@ def test_by_name(packages):
         ops.attention(qkv, 2, backend="flash-attn")
     with pytest.raises(ValueError, match="the sdpa-cudnn backend of attention can't run here: packed images and"):
         ops.attention(qkv, 2, window=(2, 2, 2), backend="sdpa-cudnn")
+    with pytest.raises(
+        ValueError, match="the xformers backend of attention can't run here: qkv's last axis must be adj"
+    ):
+        ops.attention(torch.zeros(1, 96, 4).mT, 2, backend="xformers")
     with pytest.raises(ValueError, match=r"must be one of .*'sdpa-flash', .*'xformers', got 'flashinfer'"):
         ops.attention(qkv, 2, backend="flashinfer")
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import radio_fast
 from radio_fast import ops
@@ -185,6 +186,10 @@ def test_new_implementation_is_measured(monkeypatch):
 def test_implementation_that_went_is_not_chosen(monkeypatch):
     toy = Toy(monkeypatch, here=2.0, gone=1.0).add("here").add("gone")
     assert toy.ran() == "gone"
+    gone = toy.op.implementations["gone"]
+    toy.op.implementations["gone"] = gone._replace(why_not=lambda device, dtype: "not installed", run=None)
+    toy.forget(monkeypatch)
+    assert toy.ran() == "here" and toy.measured == 0
     del toy.op.implementations["gone"]
     toy.forget(monkeypatch)
     assert toy.ran() == "here"
@@ -199,9 +204,10 @@ def test_limits_of_one_call(monkeypatch):
 
 def test_no_memory_to_measure(monkeypatch, caplog):
     toy = Toy(monkeypatch, kernel=1.0).add("kernel", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):  # the shipped order's: the user's own call has no memory
-        toy.op("auto", (X,), {})
-    assert caplog.messages == ["no memory is left to measure toy: its shipped order is taken"]
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):  # the shipped order's: the user's own call has no memory
+            toy.op("auto", (X,), {})
+    assert caplog.messages == ["no memory is left to measure toy: its shipped order is taken"], "said, and tried, once"
     assert not _tuning.folder().exists()
 
 
@@ -211,6 +217,95 @@ def test_not_while_a_graph_is_captured(monkeypatch):
     assert toy.ran() == "first" and toy.measured == 0
     monkeypatch.setattr(_tuning, "capturing", lambda device: False)
     assert toy.ran() == "second", "asked again"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", [0, -1])
+def test_values_that_say_nothing(monkeypatch, bad, row):
+    """A first image that is not finite must not decide for all that follow."""
+    toy = Toy(monkeypatch, first=9.0, second=1.0).add("first").add("second")
+    x = X.clone()
+    x[row, 0] = bad
+    toy.op("auto", (x,), {})
+    assert toy.calls[-1] == "first" and not _tuning.folder().exists()
+    assert toy.ran() == "second", "asked again"
+
+
+def test_plain_torch_fails_too(monkeypatch, caplog):
+    """Then it is the call, or the GPU, that is at fault: nobody is dropped for good."""
+    toy = Toy(monkeypatch, kernel=1.0).add("kernel", raises)
+    once = toy.time_once
+    failing = True
+
+    def time_once(run, device):
+        if failing:
+            raise RuntimeError("CUDA error: launch failed")
+        return once(run, device)
+
+    monkeypatch.setattr(_tuning, "time_once", time_once)
+    with pytest.raises(RuntimeError, match="no\nkernel image"):  # the shipped order's
+        toy.op("auto", (X,), {})
+    assert not _tuning.folder().exists()
+    failing = False
+    assert toy.ran() == "reference" and list(file()["choices"]["toy"]["float16 n5"]["dropped"]) == ["kernel"]
+
+
+def test_failure_while_it_is_timed(monkeypatch, caplog):
+    """As of an implementation that runs out of something at the fourth call."""
+    toy = Toy(monkeypatch, bad=0.1, good=1.0).add("bad").add("good")
+    once = toy.time_once
+
+    def time_once(run, device):
+        took = once(run, device)
+        if toy.calls.count("bad") > 3 and toy.calls[-1] == "bad":
+            raise RuntimeError("out of workspace")
+        return took
+
+    monkeypatch.setattr(_tuning, "time_once", time_once)
+    assert toy.ran() == "good"
+    assert file()["choices"]["toy"]["float16 n5"]["dropped"] == {"bad": "RuntimeError: out of workspace"}
+
+
+def test_nonsense_beside_an_outlier(monkeypatch):
+    """The largest channel alone would pass for the whole."""
+    toy = Toy(monkeypatch, bad=0.1).add("bad", lambda x: x * (torch.arange(x.shape[-1]) == 3))
+    toy.op.implementations["reference"] = toy.op.implementations["reference"]._replace(
+        run=toy.named("reference", lambda x: 1 * x)
+    )
+    x = X.bfloat16()
+    x[:, 3] = 1500
+    toy.op("auto", (x,), {})
+    assert toy.calls[-1] == "reference"
+
+
+def test_under_modes_and_transforms(monkeypatch):
+    """Nothing is measured, nothing remembered."""
+    toy = Toy(monkeypatch, first=9.0, second=1.0).add("first").add("second")
+    with FlopCounterMode(display=False):
+        assert toy.ran() == "first"
+    torch.func.vmap(lambda x: toy.op("auto", (x,), {}))(X[None])
+    assert toy.calls[-1] == "first" and toy.measured == 0
+    assert toy.ran() == "second"
+
+
+def test_one_row(monkeypatch):
+    """x of (K,), as ops document it: there is no batch to sample."""
+    toy = Toy(monkeypatch, kernel=1.0).add("kernel")
+    assert toy.ran(X[0]) == "kernel"
+
+
+def test_no_home(monkeypatch, caplog):
+    """A user without a home directory measures, and keeps nothing."""
+    toy = Toy(monkeypatch, kernel=1.0).add("kernel")
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(_tuning, "folder", nowhere)
+    assert toy.ran() == toy.ran(X[:3]) == "kernel"
+    assert caplog.messages == [
+        "no tuning file, measurements last as long as this process: Could not determine home directory."
+    ]
 
 
 def test_empty_batches_are_not_measured(monkeypatch):
@@ -238,6 +333,10 @@ def test_threads_measure_once(monkeypatch):
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
+def with_entry(entry: str) -> str:
+    return f'{{"format": 1, "choices": {{"toy": {{"float16 n5": {entry}}}}}}}'
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -249,15 +348,19 @@ def test_threads_measure_once(monkeypatch):
         '{"format": 1}',
         '{"format": 1, "choices": [1]}',
         '{"format": 1, "choices": {"toy": 3}}',
-        '{"format": 1, "choices": {"toy": {"float16 n5": 3}}}',
-        '{"format": 1, "choices": {"toy": {"float16 n5": {"us": {"fast": "1"}, "dropped": {}}}}}',
-        '{"format": 1, "choices": {"toy": {"float16 n5": {"us": {"slow": -1, "fast": 9}, "dropped": {}}}}}',
-        '{"format": 1, "choices": {"toy": {"float16 n5": {"us": {"slow": NaN}, "dropped": {"fast": 1}}}}}',
+        with_entry("3"),
+        with_entry('{"us": {"reference": 5, "fast": "1"}, "dropped": {}}'),
+        with_entry('{"us": {"reference": 5, "slow": -1, "fast": 9}, "dropped": {}}'),
+        with_entry('{"us": {"reference": 5, "slow": 1}, "dropped": {"fast": 1}}'),
+        with_entry('{"us": {"reference": 5, "slow": NaN}, "dropped": {}}'),
+        with_entry('{"us": {"reference": 5, "slow": 1' + 401 * "0" + '}, "dropped": {}}'),
+        with_entry('{"us": {"reference": 5, "slow": true}, "dropped": {}}'),
+        with_entry('{"us": {"slow": 1}, "dropped": {"reference": "no"}}'),
         "[" * 100_000,
         '"' + "x" * (5 << 20) + '"',
         "\ud800",
     ],
-    ids=range(15),
+    ids=range(19),
 )
 def test_damaged_file_is_measured_anew(monkeypatch, content):
     toy = Toy(monkeypatch, slow=9.0, fast=1.0).add("slow").add("fast")
@@ -281,7 +384,7 @@ def test_two_processes_keep_each_others_records(monkeypatch):
     toy = Toy(monkeypatch, kernel=1.0).add("kernel")
     other = _tuning.Store(CPU)
     assert toy.ran() == "kernel"
-    other.put("toy", "float16 n7", _tuning.Record({"kernel": 1.0}, {}))
+    other.put("toy", "float16 n7", _tuning.Record({"kernel": 1.0, "reference": 2.0}, {}))
     assert set(file()["choices"]["toy"]) == {"float16 n5", "float16 n7"}
     assert not list(_tuning.folder().glob("*.part"))
 
@@ -289,7 +392,7 @@ def test_two_processes_keep_each_others_records(monkeypatch):
 def test_what_a_measurement_depends_on(monkeypatch):
     """Another driver, torch, kernel or path of an older GPU: another file."""
     before = _tuning.identity(CPU)
-    assert set(before) == {"gpu", "arch", "driver", "torch", "triton", "radio_fast", "kernels"}
+    assert set(before) == {"gpu", "arch", "driver", "torch", "triton", "others", "radio_fast", "kernels"}
     paths = {_tuning.path_of(before | {key: "other"}) for key in before} | {_tuning.path_of(before)}
     assert len(paths) == len(before) + 1
     assert "/" not in _tuning.path_of(before | {"gpu": "../../NVIDIA/H200"}).name
@@ -317,7 +420,7 @@ def wall_time(monkeypatch):
             started = time.perf_counter()
             run()
             times[name] = (time.perf_counter() - started) * 1e6
-        return times
+        return times, {}
 
     monkeypatch.setattr(_tuning, "measure", measure)
 
