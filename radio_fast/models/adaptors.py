@@ -132,7 +132,8 @@ class Adaptor(nn.Module):
         y = _run(self.feat_mlp, features)
         u, B = self.upsample, y.shape[0]
         if u > 1:
-            y = y.view(B, h, w, u, u, -1).transpose(2, 3).reshape(B, h * u * w * u, -1)
+            width = y.shape[-1] // u**2  # no −1: it has no answer for an empty batch
+            y = y.view(B, h, w, u, u, width).transpose(2, 3).reshape(B, h * u * w * u, width)
         if feature_fmt == "NCHW":
             y = to_nchw(y, h * u, w * u)
         return summary, y

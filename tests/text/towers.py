@@ -30,8 +30,8 @@ _TORCHVISION = {
 
 
 def import_open_clip():
-    """open_clip, also without torchvision, of which a CPU-only machine has no build: what open_clip's image half imports
-    has a stand-in meanwhile. Its text half uses none of it.
+    """open_clip, also without torchvision, which has no CPU build on the package index: what open_clip's image half
+    imports of it has a stand-in meanwhile. The text half uses none of it.
     """
     try:
         import torchvision  # noqa: F401
@@ -65,15 +65,26 @@ def make_open_clip(open_clip, folder: Path) -> dict[str, Path]:
     vision = {"image_size": 16, "patch_size": 16, "width": 32, "head_width": 16, "layers": 1}
     text = {"width": 32, "heads": 2, "layers": 2}
     configs = {
-        CLIP: {"embed_dim": CLIP_DIM, "quick_gelu": True, "vision_cfg": vision, "text_cfg": {**text, "context_length": 12}},
+        CLIP: {
+            "embed_dim": CLIP_DIM,
+            "quick_gelu": True,
+            "vision_cfg": vision,
+            "text_cfg": {**text, "context_length": 12},
+        },
         SIGLIP: {
             "embed_dim": SIGLIP_DIM,
             "init_logit_bias": -10,
             "custom_text": True,
             "vision_cfg": vision,
             "text_cfg": {
-                **text, "context_length": 16, "vocab_size": 300, "no_causal_mask": True, "proj_bias": True,
-                "pool_type": "last", "hf_tokenizer_name": VOCABULARY, "tokenizer_kwargs": {"clean": "canonicalize"},
+                **text,
+                "context_length": 16,
+                "vocab_size": 300,
+                "no_causal_mask": True,
+                "proj_bias": True,
+                "pool_type": "last",
+                "hf_tokenizer_name": VOCABULARY,
+                "tokenizer_kwargs": {"clean": "canonicalize"},
             },
         },
     }
@@ -142,7 +153,7 @@ def make_siglip2(folder: Path, repo: str) -> Path:
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Weights none of which is zero or one, so that none can be left out unseen; a bias that shifts the probabilities."""
+    """Weights none of which is zero or one: none can be left out unseen."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(std=0.3)
