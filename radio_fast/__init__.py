@@ -1,10 +1,20 @@
 """RADIO vision foundation models, fast: `radio_fast.load(version)` returns a drop-in for the official model."""
 
 from radio_fast.api import load
-from radio_fast.download import DownloadError
-from radio_fast.errors import CheckpointError
+from radio_fast.errors import CheckpointError, DownloadError
 from radio_fast.model import RADIOModel, RadioOutput
 from radio_fast.models.registry import versions
 from radio_fast.version import __version__
+from radio_fast.zeroshot import ZeroShot, zero_shot
 
-__all__ = ["CheckpointError", "DownloadError", "RADIOModel", "RadioOutput", "__version__", "load", "versions"]
+__all__ = [
+    "CheckpointError",
+    "DownloadError",
+    "RADIOModel",
+    "RadioOutput",
+    "ZeroShot",
+    "__version__",
+    "load",
+    "versions",
+    "zero_shot",
+]

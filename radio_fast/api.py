@@ -18,7 +18,7 @@ from radio_fast.graphs import resolve_graphs
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.layers.window_attention import coords_table
 from radio_fast.model import RADIOModel
-from radio_fast.models.adaptors import Adaptor, build_head, canonical_head
+from radio_fast.models.adaptors import Adaptor, TextAdaptor, build_head, canonical_head
 from radio_fast.models.backbone import Backbone
 from radio_fast.models.eradio import ERADIO
 from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
@@ -26,6 +26,7 @@ from radio_fast.models.eradio_weights import is_eradio
 from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
 from radio_fast.models.registry import Version, ViTDet, find_version, unknown_version
 from radio_fast.models.spec import ViTSpec, spec_of_version
+from radio_fast.models.text import text_tower
 from radio_fast.models.vit import VisionTransformer
 from radio_fast.models.weights import ModelState, fill, fold_layer_scale, missing_tensor
 from radio_fast.ops.window_attention import MAX_WINDOW
@@ -325,7 +326,8 @@ def _adaptor(
             )
         fill(head, tensors, f"adaptors.{name}.{kind}.", device, dtype, release)
         heads.append(head)
-    return Adaptor(*heads, token_slot=slot, upsample=upsample)
+    text = text_tower(teacher)
+    return TextAdaptor(*heads, slot, upsample, text) if text else Adaptor(*heads, slot, upsample)
 
 
 def _random_backbone(spec: ViTSpec | ERADIOSpec, seed: int, device: torch.device, dtype: torch.dtype) -> Backbone:

@@ -9,14 +9,11 @@ import os
 import re
 from pathlib import Path
 
+from radio_fast.errors import DownloadError
 from radio_fast.models.registry import Version
 from radio_fast.paths import default_cache_dir
 
 logger = logging.getLogger(__name__)
-
-
-class DownloadError(RuntimeError):
-    """Weights that could not be fetched; the message says why and what else can be done."""
 
 
 def fetch_version(

@@ -1,9 +1,9 @@
-"""Adaptors: heads that map RADIO's summary and features into a teacher's space (image half)."""
+"""Adaptors: heads that map RADIO's summary and features into a teacher's space, and the way to its text tower."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from radio_fast.layers.attention import Attention
 from radio_fast.layers.block import Block
 from radio_fast.layers.mlp import Mlp
 from radio_fast.layers.norm import LayerNorm
+from radio_fast.models.text import TextTower, normalized
 
 HEAD_EPS = 1e-5
 ATTN_HEADS = 16
@@ -131,10 +132,56 @@ class Adaptor(nn.Module):
         y = _run(self.feat_mlp, features)
         u, B = self.upsample, y.shape[0]
         if u > 1:
-            y = y.view(B, h, w, u, u, -1).transpose(2, 3).reshape(B, h * u * w * u, -1)
+            width = y.shape[-1] // u**2  # no −1: it has no answer for an empty batch
+            y = y.view(B, h, w, u, u, width).transpose(2, 3).reshape(B, h * u * w * u, width)
         if feature_fmt == "NCHW":
             y = to_nchw(y, h * u, w * u)
         return summary, y
+
+
+class TextAdaptor(Adaptor):
+    """An adaptor whose teacher has a text tower (clip, siglip, siglip2-g).
+
+    The tower is loaded when `encode_text` is first called, onto the device and as the dtype of the adaptor, and goes
+    where the model goes (`.to`, `.half`, …). It is no part of `parameters()` and `state_dict()`.
+    """
+
+    def __init__(self, head_mlp: nn.Module, feat_mlp: nn.Module, token_slot: int, upsample: int, text: TextTower):
+        super().__init__(head_mlp, feat_mlp, token_slot, upsample)
+        self.text = text
+
+    def tokenizer(self, texts: str | Sequence[str]) -> Tensor:
+        """The tokens of texts, (B, context length), int64, on the CPU, cleaned and padded as the teacher was trained.
+
+        Raises:
+            ValueError: no string, or none at all.
+            ImportError: open_clip or Transformers is missing; the message names the extra that brings it.
+            DownloadError: the vocabulary is neither in the cache nor to be had.
+            CheckpointError: the checkpoint names a text tower that does not exist, or a damaged one.
+        """
+        return self.text.tokenize(texts)
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Embed texts in the space of the adaptor's summary.
+
+        Args:
+            tokens: (B, context length), from `tokenizer`, on any device.
+            normalize: divide each embedding by its L2 norm.
+
+        Returns:
+            (B, S), float32, on the adaptor's device.
+
+        Raises:
+            ValueError: tokens of another kind, length or range.
+            ImportError, DownloadError, CheckpointError: as for `tokenizer`.
+        """
+        own = next(self.head_mlp.parameters())
+        out = self.text.encode(tokens, own.device, own.dtype)
+        return normalized(out) if normalize else out
+
+    def _apply(self, fn, recurse=True):
+        self.text.apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def to_nchw(x: Tensor, h: int, w: int) -> Tensor:
