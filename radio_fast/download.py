@@ -146,9 +146,9 @@ def fetch_repo(
 ) -> Path:
     """The folder of a repository's config and weights in huggingface_hub's cache, downloaded unless they are there.
 
-    Nothing else is downloaded: no code, and no `pytorch_model*.bin` where there are safetensors. huggingface_hub
-    resumes what broke off and sees to `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN`; files
-    that are new here are held against the hash that the server names them by.
+    Nothing else is downloaded: no code, and no `pytorch_model*.bin` where there are safetensors. huggingface_hub sees to
+    `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN`, takes up broken connections within a call and
+    keeps whole files; those that are new here are held against the hash that the server names them by.
 
     Args:
         repo_id: ORGANISATION/NAME.
@@ -237,7 +237,7 @@ def _why_no_repo(error: Exception, repo_id: str, revision: str | None, cache: Pa
             why = f"{server} can't be reached ({_first_line(error.__cause__)}): call again when it can be"
         return f"{at} is not, or not wholly, in the cache {cache}, and {why}; or {instead}"
     return (
-        f"the download of {at} from {server} failed ({_first_line(error)}); what has come is kept, call again to go "
+        f"the download of {at} from {server} failed ({_first_line(error)}); whole files are kept, call again to go "
         f"on; or {instead}"
     )
 

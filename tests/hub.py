@@ -47,9 +47,14 @@ class Handler(BaseHTTPRequestHandler):
         data = files[name]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hub.etags.get(name) or hashlib.sha256(data).hexdigest()}"'}
         start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        if start and name in hub.cut:
+            return self.answer(503)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.answer(206 if start else 200, data[start:], headers, cut=hub.cut.get(name))
+        cut = hub.cut.get(name)
+        if self.command == "GET" and name in hub.hiccup:
+            cut = hub.hiccup.pop(name)
+        self.answer(206 if start else 200, data[start:], headers, cut)
 
     @staticmethod
     def entry(name, data):
@@ -72,8 +77,8 @@ class Handler(BaseHTTPRequestHandler):
 class Hub(ThreadingHTTPServer):
     """`put` adds a repository's commit. `log`: (method, path, authorization, range) of every request.
 
-    `gated`: repository: the token it takes. `cut`: file: how many bytes a GET sends before it breaks off. `etags`: in
-    place of a file's sha256.
+    `gated`: repository: the token it takes. `cut`: file: after how many bytes it breaks off for good. `hiccup`: the
+    same, but once. `etags`: in place of a file's sha256.
     """
 
     daemon_threads = True
@@ -82,7 +87,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.commits = {}, {}
-        self.log, self.gated, self.cut, self.etags = [], {}, {}, {}
+        self.log, self.gated, self.cut, self.hiccup, self.etags = [], {}, {}, {}, {}
 
     def put(self, repo: str, folder: Path | dict[str, bytes], branch: str = "main") -> str:
         if not isinstance(folder, dict):
