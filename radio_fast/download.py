@@ -146,9 +146,9 @@ def fetch_repo(
 ) -> Path:
     """The folder of a repository's config and weights in huggingface_hub's cache, downloaded unless they are there.
 
-    Nothing else is downloaded: no code, and no `pytorch_model*.bin` where there are safetensors. huggingface_hub sees to
-    `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN`, takes up broken connections within a call and
-    keeps whole files; those that are new here are held against the hash that the server names them by.
+    Nothing else is downloaded: no code, and no `pytorch_model*.bin` where there are safetensors. huggingface_hub sees
+    to `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN`, takes up broken connections within a
+    call and keeps whole files; those that are new here are held against the hash that the server names them by.
 
     Args:
         repo_id: ORGANISATION/NAME.
@@ -197,8 +197,8 @@ def fetch_repo(
         raise DownloadError(_why_no_repo(error, repo_id, revision, cache)) from error
     for path in blobs.glob("*"):  # those of large files have their sha256 as name
         if path.name not in before and re.fullmatch(r"[0-9a-f]{64}", path.name):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with path.open("rb") as blob:
+                digest = hashlib.file_digest(blob, "sha256").hexdigest()
             if digest != path.name:
                 path.unlink()
                 raise DownloadError(
