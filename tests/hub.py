@@ -106,7 +106,7 @@ class Hub(ThreadingHTTPServer):
 @contextmanager
 def serving():
     hub = Hub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield hub
     finally:
