@@ -255,6 +255,11 @@ def test_refused(name):
         RadioFastModel.from_pretrained(PLAIN, **kwargs)
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_dtype(name):
+    assert RadioFastModel.from_pretrained(PLAIN, **{name: "bfloat16"}).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu")])
 def test_device_map(device_map):
     assert RadioFastModel.from_pretrained(PLAIN, device_map=device_map).device == torch.device("cpu")

@@ -124,6 +124,7 @@ def test_safetensors_are_preferred_to_bin(hub, folder, image, expected):
     hub.put(REPO, folder)
     assert_same(radio_fast.load(REPO, progress=False)(image), expected)
     assert hub.fetched() == ["config.json", "model.safetensors"]
+    assert_same(radio_fast.load(folder)(image), expected)
 
 
 def test_adaptors_can_be_chosen(hub, folder, image):

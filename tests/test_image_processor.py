@@ -70,6 +70,13 @@ def test_tensors_are_close_to_pillow(size, picture, photo, noise, device):
     assert torch.equal((levels * 255).round() / 255, levels)
 
 
+def test_halves_are_rounded_up_as_in_pillow(noise):
+    """At this ratio some weights are sums of few powers of two, and results lie between two levels."""
+    square = noise[:256, :256]
+    expected = ImageProcessor(384)(square).pixel_values
+    assert ((ImageProcessor(384)(chw(square)).pixel_values - expected).abs() > LEVEL / 2).float().mean() < 4e-3
+
+
 def test_every_kind_of_input(noise):
     image = Image.fromarray(noise)
     buffer = io.BytesIO()
