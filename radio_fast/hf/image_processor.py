@@ -46,7 +46,7 @@ class ImageProcessor:
     Pictures and uint8 arrays are resized by Pillow: the result is that of Transformers' CLIPImageProcessor with
     `size={"height": H, "width": W}`, do_center_crop=False and do_normalize=False, within float32's rounding. Tensors
     and float arrays are resized by torch, a whole batch at once, in Pillow's two passes: along the rows, then along the
-    columns, cut to [0, 1] after each. uint8 is rounded to whole levels after each pass too: 99.6 % of the values are then
+    columns, cut to [0, 1] after each. uint8 is rounded to whole levels after each pass too: 99.6 % of values are then
     Pillow's, the others one level (1/255) off. Float isn't rounded, and within 1.2/255 (photographs and noise).
 
     Args:
