@@ -1,5 +1,6 @@
 """RADIO vision foundation models, fast: `radio_fast.load(version)` returns a drop-in for the official model."""
 
+from radio_fast import hf
 from radio_fast.api import load
 from radio_fast.errors import CheckpointError, DownloadError
 from radio_fast.model import RADIOModel, RadioOutput
@@ -14,6 +15,7 @@ __all__ = [
     "RadioOutput",
     "ZeroShot",
     "__version__",
+    "hf",
     "load",
     "versions",
     "zero_shot",

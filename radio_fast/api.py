@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from radio_fast import hf
 from radio_fast.checkpoint import MappedRange, read_checkpoint, state_of_checkpoint
-from radio_fast.download import check_sha256, fetch_version, verify
+from radio_fast.download import check_sha256, fetch_repo, fetch_version, is_repo_id, verify
 from radio_fast.errors import CheckpointError
+from radio_fast.folder import read_folder
 from radio_fast.graphs import resolve_graphs
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.layers.window_attention import coords_table
@@ -49,14 +49,17 @@ def load(
     cache_dir: str | os.PathLike | None = None,
     sha256: str | None = None,
     timeout: float = 10.0,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
     random_init: bool = False,
     seed: int = 0,
 ) -> RADIOModel | tuple[RADIOModel, dict[str, Any]]:
     """A RADIO model in eval mode, its parameters without gradients.
 
     Args:
-        version: a version name (`radio_fast.versions()`; "" is the default one), a checkpoint file's path, or a local
-            Hugging Face folder.
+        version: a version name (`radio_fast.versions()`; "" is the default one), a checkpoint file's path, a local
+            Hugging Face folder, or a Hugging Face repository, ORGANISATION/NAME, where there is no such folder.
         checkpoint: a checkpoint file to use for the version named, instead of downloading its weights; the version's
             resolutions and ViTDet entry then apply.
         device: where the model goes; the CPU if None.
@@ -73,9 +76,13 @@ def load(
             kernels on a GPU that runs them, else plain PyTorch.
         cuda_graphs: False: launch the kernels of every call one by one; None: replay captured calls on a GPU, unless
             the environment says RADIO_FAST_GRAPHS=0; True: whatever it says (`radio_fast.graphs.GraphCache`).
-        cache_dir: where downloads are kept; the environment's RADIO_FAST_CACHE or ~/.cache/radio_fast if None.
+        cache_dir: where downloads are kept; the environment's RADIO_FAST_CACHE or ~/.cache/radio_fast if None, and
+            huggingface_hub's own cache for a repository.
         sha256: refuse a file with another hash.
         timeout: seconds to wait for the server of a download.
+        revision: a repository's branch, tag or commit; "main" if None.
+        token: for a repository that isn't public; None: HF_TOKEN, or what `hf auth login` has kept.
+        local_files_only: take a repository from the cache, and ask no server.
         random_init: seeded random weights of the version's full-size architecture; the features carry no meaning.
         seed: for `random_init`.
 
@@ -87,7 +94,12 @@ def load(
     target, forced_dtype = resolve_device(device), resolve_dtype(dtype)
     backend = resolve_backend(backend, target)
     graphs = resolve_graphs(cuda_graphs)
-    row, source = _locate(version, checkpoint)
+    row, source, repo = _locate(version, checkpoint)
+    if repo is None and (revision is not None or token is not None or local_files_only):
+        raise ValueError(
+            f"revision, token and local_files_only are for a Hugging Face repository (ORGANISATION/NAME), which "
+            f"{str(version or '')!r} is not"
+        )
     # Refused before anything is downloaded.
     _vitdet_rule(row, vitdet_window_size)
     check_window_size(window_size, row is None or row.is_eradio)
@@ -105,7 +117,19 @@ def load(
         return model
 
     check_sha256(sha256)
-    if source is None:
+    if sha256 is not None and (repo is not None or (source is not None and source.is_dir())):
+        raise ValueError("sha256 is a file's: a folder has several, a repository is pinned by revision=COMMIT")
+    if repo is not None:
+        source = fetch_repo(
+            repo,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            progress=progress,
+            timeout=timeout,
+            local_files_only=local_files_only,
+        )
+    elif source is None:
         source = fetch_version(row, cache_dir=cache_dir, progress=progress, sha256=sha256, timeout=timeout)
     elif source.is_file():
         verify(source, sha256)
@@ -113,7 +137,7 @@ def load(
     with torch.inference_mode(False), torch.no_grad():
         release, window = _keep, vitdet_window_size
         if source.is_dir():
-            state, content = hf.read_folder(source)
+            state, content = read_folder(source)
             row = row or (find_version(state.version) if state.version else None)
             if window is None and not is_eradio(state.arch, state.backbone):
                 window = state.vitdet_window_size
@@ -192,8 +216,8 @@ def _tensors_of(content: dict[str, Any]) -> list[Tensor]:
 
 def _locate(
     version: str | os.PathLike | None, checkpoint: str | os.PathLike | None
-) -> tuple[Version | None, Path | None]:
-    """The registry row (None for a bare file) and the file or folder to read (None: to be downloaded).
+) -> tuple[Version | None, Path | None, str | None]:
+    """The registry row (None for a bare file), the file or folder to read (None: to be downloaded), and the repository.
 
     Raises:
         ValueError: a version that is neither known nor a path.
@@ -210,22 +234,19 @@ def _locate(
         row = find_version(version) if version and isinstance(version, str) else None
         if version and row is None:
             raise unknown_version(str(version))
-        return row, path
+        return row, path, None
     if version is None or isinstance(version, str):
         row = find_version(version)
         if row is not None:
-            return row, None
+            return row, None, None
     path = Path(version).expanduser()
     if path.exists():
-        return None, path
+        return None, path, None
     name = str(version)
     if isinstance(version, os.PathLike) or name.endswith((".tar", ".pth", ".pt")) or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if name.count("/") == 1:
-        raise ValueError(
-            f"{name!r} is neither a version nor a file here. A Hugging Face repository has to be downloaded first "
-            f"(`hf download {name} --local-dir FOLDER`); then load FOLDER"
-        )
+    if is_repo_id(name):
+        return None, None, name
     raise unknown_version(name)
 
 

@@ -266,6 +266,21 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype:
 # -- from file to model state ---------------------------------------------------------------------------------
 
 
+def check_tensors(tensors: Mapping[str, object]) -> None:
+    """Plain dense tensors, no larger than what the file has of them.
+
+    Raises:
+        CheckpointError: the message names the first that is not.
+    """
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"the checkpoint's {key} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise CheckpointError(f"the checkpoint's {key} must be a plain dense tensor with its data in the file")
+        if value.numel() > MAX_EXPANDED and value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise CheckpointError(f"the checkpoint's {key} claims {value.numel()} values, the file has fewer")
+
+
 def state_of_checkpoint(content: Mapping[str, Any]) -> ModelState:
     """The model state in a `*.pth.tar` checkpoint's dict: renamed, spectral weights folded, nothing else copied.
 
@@ -278,13 +293,7 @@ def state_of_checkpoint(content: Mapping[str, Any]) -> ModelState:
         raise CheckpointError(f"the checkpoint has no state_dict; its entries are: {', '.join(map(repr, content))}")
     args = plain_args(content.get("args"))
     tensors = {str(key).removeprefix("module."): value for key, value in tensors.items()}
-    for key, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"the checkpoint's {key} must be a tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            raise CheckpointError(f"the checkpoint's {key} must be a plain dense tensor with its data in the file")
-        if value.numel() > MAX_EXPANDED and value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise CheckpointError(f"the checkpoint's {key} claims {value.numel()} values, the file has fewer")
+    check_tensors(tensors)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

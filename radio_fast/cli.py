@@ -21,11 +21,12 @@ except ImportError as error:
     sys.exit(f"{MISSING} ({error})")
 
 import radio_fast
-from radio_fast import hf
 from radio_fast.checkpoint import read_checkpoint, state_of_checkpoint
 from radio_fast.cli_common import err, out, parse_resolution
 from radio_fast.cli_ops import doctor_ops, tune_command
 from radio_fast.doctor import examine
+from radio_fast.download import fetch_repo, is_repo_id
+from radio_fast.folder import read_folder
 from radio_fast.images import ImageError, find_images, read_image, to_tensor
 from radio_fast.model import RADIOModel
 from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
@@ -66,7 +67,7 @@ def versions() -> None:
 
 
 def _file_facts(path: Path) -> dict[str, object]:
-    state = hf.read_folder(path)[0] if path.is_dir() else state_of_checkpoint(read_checkpoint(path))
+    state = read_folder(path)[0] if path.is_dir() else state_of_checkpoint(read_checkpoint(path))
     spec = state.spec()
     parameters = sum(t.numel() for name, t in state.backbone.items() if not name.endswith("relative_coords_table"))
     facts = {"arch": spec.arch, "parameters": f"{parameters / 1e6:.1f} M (backbone)", "embed_dim": spec.embed_dim}
@@ -125,7 +126,9 @@ def info(
         path = default_cache_dir() / row.file
         facts["cached"] = str(path) if path.is_file() else "no (downloaded on first load)"
     elif not path.exists():
-        raise unknown_version(version)
+        if not is_repo_id(version):
+            raise unknown_version(version)
+        path = fetch_repo(version)
     if path.exists():
         facts |= _file_facts(path)
     elif row is not None:

@@ -1,4 +1,4 @@
-"""Fetch released checkpoints: resumed where they broke off, hash-checked, complete under their name or not there."""
+"""Fetch checkpoints and repositories: resumed where they broke off, hash-checked, complete or not there."""
 
 from __future__ import annotations
 
@@ -114,6 +114,132 @@ def _download(url: str, path: Path, progress: bool, sha256: str | None, timeout:
     sidecar.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
     logger.info("downloaded %s to %s, sha256 %s", url, path, digest)
+
+
+# -- Hugging Face repositories --------------------------------------------------------------------------------
+
+
+def is_repo_id(name: object) -> bool:
+    """Whether a name has the form ORGANISATION/NAME of a Hugging Face repository, as huggingface_hub checks it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str) and name.count("/") == 1
+
+
+def fetch_repo(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    timeout: float = 10.0,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a repository's config and weights in huggingface_hub's cache, downloaded unless they are there.
+
+    Nothing else is downloaded: no code, and no `pytorch_model*.bin` where there are safetensors. huggingface_hub sees
+    to `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT` and `HF_TOKEN`, takes up broken connections within a
+    call and keeps whole files; those that are new here are held against the hash that the server names them by.
+
+    Args:
+        repo_id: ORGANISATION/NAME.
+        revision: a branch, a tag or a commit; "main" if None.
+        token: of the hub's account; True for the one logged in with, False for none, None for that if there is one.
+        cache_dir: in place of huggingface_hub's own cache.
+        timeout: seconds to wait for the server to say what a file is.
+        local_files_only: take what is in the cache, and ask no server.
+
+    Raises:
+        ValueError: a revision or token that is none.
+        DownloadError: there is no such repository or revision, it may not be read, or it is neither in the cache nor to
+            be had; the message says what to do.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    if revision is not None and not (isinstance(revision, str) and revision):
+        raise ValueError(f"revision must be the name of a branch, a tag or a commit, got {revision!r}")
+    if token is not None and not isinstance(token, (str, bool)):
+        raise ValueError(f"token must be a string, True, False or None, got {type(token).__name__}")
+    cache = Path(cache_dir if cache_dir is not None else constants.HF_HUB_CACHE).expanduser()
+    blobs = cache / f"models--{repo_id.replace('/', '--')}" / "blobs"
+    before = {path.name for path in blobs.glob("*")}
+
+    def bring(file: str, shards: str) -> Path:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache,
+                allow_patterns=["config.json", f"{file}.index.json", shards],
+                ignore_patterns=["*/*"],  # subfolders hold other formats of the same weights
+                etag_timeout=timeout,
+                tqdm_class=None if progress else _silent_bar(),
+                local_files_only=local_files_only,
+            )
+        )
+
+    try:
+        file = "model.safetensors"
+        folder = bring(file, "*.safetensors")
+        if not (folder / file).is_file() and not (folder / f"{file}.index.json").is_file():
+            folder = bring("pytorch_model.bin", "pytorch_model*.bin")
+    except Exception as error:  # network, proxy, TLS, HTTP status and a full disk have no common class
+        raise DownloadError(_why_no_repo(error, repo_id, revision, cache)) from error
+    for path in blobs.glob("*"):  # those of large files have their sha256 as name
+        if path.name not in before and re.fullmatch(r"[0-9a-f]{64}", path.name):
+            with path.open("rb") as blob:
+                digest = hashlib.file_digest(blob, "sha256").hexdigest()
+            if digest != path.name:
+                path.unlink()
+                raise DownloadError(
+                    f"a file of {repo_id} has sha256 {digest}, expected {path.name}: deleted; call again to download it"
+                )
+    return folder
+
+
+def _why_no_repo(error: Exception, repo_id: str, revision: str | None, cache: Path) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    server = constants.ENDPOINT
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: accept its terms at {server}/{repo_id}, then `hf auth login` or give token="
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{server} has no repository {repo_id} that you may see: check the name; for a private one `hf auth login` "
+            f"or give token=; a folder is given by its path, and there is none at {repo_id}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision!r}: give a branch, a tag or a commit listed at {server}/{repo_id}"
+    instead = "give the path of a folder that has the files"
+    at = f"{repo_id}{f' at {revision}' if revision else ''}"
+    if isinstance(error, LocalEntryNotFoundError):
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set: unset it"
+        elif error.__cause__ is None:
+            why = "local_files_only is set: leave it out"
+        else:
+            why = f"{server} can't be reached ({_first_line(error.__cause__)}): call again when it can be"
+        return f"{at} is not, or not wholly, in the cache {cache}, and {why}; or {instead}"
+    return (
+        f"the download of {at} from {server} failed ({_first_line(error)}); whole files are kept, call again to go "
+        f"on; or {instead}"
+    )
+
+
+# -- hashes ---------------------------------------------------------------------------------------------------
 
 
 def check_sha256(sha256: str | None) -> None:

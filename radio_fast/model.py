@@ -173,6 +173,20 @@ class RADIOModel(nn.Module):
         tokens = self._compute(x, lambda dtype: self.model(x, self._conditioner(), dtype))
         return self._outputs(tokens, *self.model.grid(x), feature_fmt)
 
+    def forward_tokens(
+        self, x: Tensor, feature_fmt: str = "NLC"
+    ) -> tuple[Tensor, RadioOutput | dict[str, RadioOutput]]:
+        """All tokens after the last block and the final norm, if there is one, (B, P + T, D), prefix tokens first; and
+        what `forward` makes of them. E-RADIO has no prefix tokens: (B, T, D).
+        """
+        check_choice("feature_fmt", feature_fmt, FEATURE_FORMATS)
+        self._check_image(x)
+        replayed = self._replay(RADIOModel.forward_tokens, x, feature_fmt)
+        if replayed is not None:
+            return replayed
+        tokens = self._compute(x, lambda dtype: self.model(x, self._conditioner(), dtype))
+        return tokens, self._outputs(tokens, *self.model.grid(x), feature_fmt)
+
     def forward_intermediates(
         self,
         x: Tensor,

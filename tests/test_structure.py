@@ -17,8 +17,8 @@ PACKAGE = ROOT / "radio_fast"
 RANKS = {
     "errors": 0, "version": 0, "arch": 0, "paths": 0, "kernels": 0, "native": 0,
     "ops": 1, "layers": 2, "models": 3, "model": 4,
-    "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "hf": 6, "api": 7,
-    "zeroshot": 7, "__init__": 8, "images": 8, "doctor": 8, "tune": 8, "cli_common": 8, "cli_ops": 9, "cli": 9,
+    "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "folder": 6, "api": 7, "zeroshot": 7,
+    "__init__": 8, "images": 8, "hf": 8, "doctor": 8, "tune": 8, "cli_common": 8, "cli_ops": 9, "cli": 9,
 }  # fmt: skip
 
 

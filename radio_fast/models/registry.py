@@ -145,5 +145,6 @@ def unknown_version(name: str) -> ValueError:
     close = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known versions: {', '.join(VERSIONS)}."
     return ValueError(
-        f"unknown version {name!r}: {hint} A checkpoint file or a Hugging Face folder can be given by its path."
+        f"unknown version {name!r}: {hint} A checkpoint file or a Hugging Face folder can be given by its path, a "
+        f"Hugging Face repository as ORGANISATION/NAME."
     )

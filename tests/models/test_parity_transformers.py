@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import radio_fast
-from radio_fast.hf import native_backbone
+from radio_fast.folder import native_backbone
 from radio_fast.models.weights import canonical_backbone
 from tests.numerics import assert_relative
 

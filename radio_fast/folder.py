@@ -1,4 +1,4 @@
-"""Hugging Face folders: `config.json` and safetensors files, in the remote-code and in Transformers' own layout."""
+"""Hugging Face folders: `config.json` and weights, in the remote-code and in Transformers' own layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from radio_fast.checkpoint import plain_args
+from radio_fast.checkpoint import check_tensors, plain_args, read_checkpoint
 from radio_fast.errors import CheckpointError
 from radio_fast.models.weights import ModelState, canonical_backbone, fold_spectral, missing_tensor
 
@@ -33,28 +33,49 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# In the order that Transformers looks for them: one file, or the index of several.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards its index names; shards outside the folder are refused."""
-    names = ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not (folder / names[0]).is_file() and index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
+    """All tensors of the folder's weights file, or of the shards its index names; shards elsewhere are refused."""
+    for file in WEIGHTS:
+        if (folder / file).is_file():
+            return _read_shard(folder / file)
+        index = folder / f"{file}.index.json"
+        if index.is_file():
+            return _read_shards(index, Path(file).suffix)
+    raise CheckpointError(f"{folder} has no {' and no '.join(WEIGHTS)}: copy the whole folder")
+
+
+def _read_shards(index: Path, suffix: str) -> dict[str, Tensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map")
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
+    for name in sorted({str(name) for name in weight_map.values()}):
         if Path(name).name != name:
             raise CheckpointError(f"{index} names a shard outside its folder: {name!r}")
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no {name}: copy the whole folder, weights are read from safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+        if not name.endswith(suffix):
+            raise CheckpointError(f"{index} names a shard that is no {suffix} file: {name!r}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent} has no {name}: copy the whole folder")
+        tensors |= _read_shard(index.parent / name)
+    if absent := sorted(weight_map.keys() - tensors.keys()):
+        raise CheckpointError(f"{index} names tensors that its shards don't have: {', '.join(absent[:5])}")
     return tensors
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".bin":
+        tensors = {str(key): value for key, value in read_checkpoint(path).items()}
+        check_tensors(tensors)
+        return tensors
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def read_folder(folder: str | Path) -> tuple[ModelState, dict[str, Any]]:
