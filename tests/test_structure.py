@@ -17,7 +17,7 @@ PACKAGE = ROOT / "radio_fast"
 RANKS = {
     "errors": 0, "version": 0, "arch": 0, "paths": 0, "kernels": 0, "native": 0,
     "ops": 1, "layers": 2, "models": 3, "model": 4,
-    "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "hf": 6, "api": 7,
+    "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "hf": 6, "api": 7, "adopt": 7,
     "__init__": 8, "images": 8, "doctor": 8, "tune": 8, "cli": 9,
 }  # fmt: skip
 
