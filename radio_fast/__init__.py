@@ -4,6 +4,7 @@ from radio_fast.adopt import accelerate
 from radio_fast.api import load
 from radio_fast.download import DownloadError
 from radio_fast.errors import CheckpointError
+from radio_fast.export import ExportError, export_onnx
 from radio_fast.model import RADIOModel, RadioOutput
 from radio_fast.models.registry import versions
 from radio_fast.version import __version__
@@ -11,10 +12,12 @@ from radio_fast.version import __version__
 __all__ = [
     "CheckpointError",
     "DownloadError",
+    "ExportError",
     "RADIOModel",
     "RadioOutput",
     "__version__",
     "accelerate",
+    "export_onnx",
     "load",
     "versions",
 ]
