@@ -6,6 +6,7 @@ import importlib.util
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,9 +100,12 @@ def with_adaptors(tmp_path_factory):
     pytest.importorskip("onnxruntime")
     model = load(CASE, {"adaptor_names": ["clip", "sam"]}).half()
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    order, replace = [], Path.replace
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "MAX_INLINE", 100_000)
+        patch.setattr(Path, "replace", lambda self, target: order.append(self.name) or replace(self, target))
         done = radio_fast.export_onnx(model, path, (48, 64), dynamic_batch=False, batch=2)
+    assert order == ["model.onnx.data", "model.onnx"], "the graph must not appear before its weights"
     return model, done
 
 
