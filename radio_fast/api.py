@@ -147,7 +147,7 @@ def load(
             mapped = MappedRange(source, _tensors_of(content))
             mapped.release_all()
             release = mapped.release
-        model = _build(state, adaptor_names, target, forced_dtype, row, backend, release)
+        model = build(state, adaptor_names, target, forced_dtype, row, backend, release)
         if state.max_resolution is not None or state.preferred_resolution is not None:
             model.set_resolutions(state.max_resolution, state.preferred_resolution)
         _set_windows(model.model, row, window, window_size)
@@ -270,15 +270,16 @@ def chosen_adaptors(state: ModelState, adaptor_names: str | Sequence[str] | None
     return tuple(dict.fromkeys(names))
 
 
-def _build(
+def build(
     state: ModelState,
     adaptor_names: str | Sequence[str] | None,
     device: torch.device,
     dtype: torch.dtype | None,
     row: Version | None,
     backend: str,
-    release: Callable[[Tensor], None],
+    release: Callable[[Tensor], None] = lambda tensor: None,
 ) -> RADIOModel:
+    """The model of a state: `load` without the reading, `accelerate` without the looking."""
     spec = state.spec()
     names = chosen_adaptors(state, adaptor_names)
     backbone_dtype = dtype or state.args["dtype"]
@@ -289,11 +290,12 @@ def _build(
         raise missing_tensor(str(error.args[0])) from None
     except ValueError as error:
         raise CheckpointError(f"the checkpoint's backbone makes no sense: {error}") from error
-    fill(backbone, state.backbone, "", device, backbone_dtype, release)
+    fill(backbone, state.backbone, "", device, backbone_dtype, release, state.share)
 
     conditioner = InputConditioner()
-    fill(conditioner, dict(state.conditioner), "input_conditioner.", device, torch.float32)
-    adaptors = {name: _adaptor(state, spec, name, device, dtype or torch.float32, release) for name in names}
+    fill(conditioner, dict(state.conditioner), "input_conditioner.", device, torch.float32, share=state.share)
+    head_dtype = dtype or (None if state.share else torch.float32)
+    adaptors = {name: _adaptor(state, spec, name, device, head_dtype, release) for name in names}
     normalizers = {}
     if state.feature_normalizer:
         normalizers["feature_normalizer"] = FeatureNormalizer(spec.embed_dim)
@@ -302,7 +304,7 @@ def _build(
         per_block = rotation is not None and rotation.ndim == 3
         normalizers["inter_feature_normalizer"] = IntermediateFeatureNormalizer(spec.depth, spec.embed_dim, per_block)
     for name, module in normalizers.items():
-        fill(module, getattr(state, name), f"{name}.", device, backbone_dtype, release)
+        fill(module, getattr(state, name), f"{name}.", device, backbone_dtype, release, state.share)
     return RADIOModel(backbone, conditioner, adaptors, **normalizers, version=row, backend=backend).to(device).eval()
 
 
@@ -311,7 +313,7 @@ def _adaptor(
     spec: ViTSpec | ERADIOSpec,
     name: str,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     release: Callable,
 ) -> Adaptor:
     named = [(i, teacher) for i, teacher in enumerate(state.args["teachers"] or []) if teacher["name"] == name]
@@ -345,7 +347,7 @@ def _adaptor(
             raise CheckpointError(
                 f"adaptor {name!r}: {width} features are no multiple of the square of fd_upsample_factor, {upsample}"
             )
-        fill(head, tensors, f"adaptors.{name}.{kind}.", device, dtype, release)
+        fill(head, tensors, f"adaptors.{name}.{kind}.", device, dtype, release, state.share)
         heads.append(head)
     text = text_tower(teacher)
     return TextAdaptor(*heads, slot, upsample, text) if text else Adaptor(*heads, slot, upsample)

@@ -1,4 +1,4 @@
-"""The command line: radio-fast versions | info | embed | tune | doctor."""
+"""The command line: radio-fast versions | info | embed | export | tune | doctor."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ except ImportError as error:
 import radio_fast
 from radio_fast.checkpoint import read_checkpoint, state_of_checkpoint
 from radio_fast.cli_common import err, out, parse_resolution
+from radio_fast.cli_export import export
 from radio_fast.cli_ops import doctor_ops, tune_command
 from radio_fast.doctor import examine
 from radio_fast.download import fetch_repo, is_repo_id
@@ -49,7 +50,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError, radio_fast.DownloadError) as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -251,6 +252,9 @@ def embed(
         raise typer.Exit(130)
     if failed:
         raise typer.Exit(1)
+
+
+app.command()(export)
 
 
 class _Arrays:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from radio_fast.checkpoint import check_tensors, plain_args, read_checkpoint
 from radio_fast.errors import CheckpointError
-from radio_fast.models.weights import ModelState, canonical_backbone, fold_spectral, missing_tensor
+from radio_fast.models.deferred import Deferred
+from radio_fast.models.weights import ModelState, State, canonical_backbone, fold_spectral, missing_tensor
 
 MAX_JSON_BYTES = 16 << 20
 
@@ -172,7 +173,7 @@ _IN_BLOCK = (
 _QKV = re.compile(r"\.attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.(weight|bias)$")
 
 
-def native_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def native_backbone(tensors: Mapping[str, Tensor]) -> State:
     """Backbone tensors from Transformers' names into this package's; q, k and v in one matrix.
 
     On disk Transformers writes the remote-code names, but for what that layout has no name for (its LayerScale and
@@ -180,7 +181,7 @@ def native_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A LayerScale of ones everywhere is dropped: Transformers has the parameter where the model has none.
     """
-    out: dict[str, Tensor] = {}
+    out: State = {}
     qkv: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         for old, new in _EMBEDDINGS.items():
@@ -198,7 +199,11 @@ def native_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for letter in "qkv":
             if letter not in parts:
                 raise missing_tensor(f"{key} ({letter})")
-        out[key] = torch.cat([parts[letter] for letter in "qkv"])
+        q, k, v = (parts[letter] for letter in "qkv")
+        if not q.shape == k.shape == v.shape:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (q, k, v))
+            raise CheckpointError(f"{key}: q, k and v must have the same shape, got {shapes}")
+        out[key] = Deferred((3 * q.shape[0], *q.shape[1:]), lambda *parts: torch.cat(parts), q, k, v)
     scales = [key for key in out if key.endswith(".gamma")]
     if all(bool((out[key] == 1).all()) for key in scales):
         for key in scales:

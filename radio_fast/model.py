@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.models.adaptors import Adaptor, to_nchw
@@ -26,6 +27,10 @@ class RadioOutput(NamedTuple):
 
     summary: Tensor
     features: Tensor
+
+
+# What torch.export.save writes for it; torch has no public name for this, as it has for dataclasses.
+_register_namedtuple(RadioOutput, serialized_type_name="radio_fast.RadioOutput")
 
 
 def check_choice(name: str, value: object, legal: tuple[str, ...]) -> None:

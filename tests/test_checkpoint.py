@@ -330,7 +330,7 @@ def test_fold_spectral(version, parts, eps):
         expected.append(_spectral64(chunk, v, scale, version, eps))
     folded = fold_spectral(state, eps)
     assert set(folded) == {"x.bias", "x.weight"}
-    torch.testing.assert_close(folded["x.weight"].double(), torch.cat(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(folded["x.weight"]().double(), torch.cat(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("setting", "eps"), [(True, 1e-6), ({"n_power_iterations": 1}, 1e-12), ({"eps": 1e-4}, 1e-4)])
@@ -346,7 +346,7 @@ def test_spectral_eps(setting, eps):
     ):
         original, v, scale = (tensors[key + end + name] for name in ("original", "0._v", "0.scale"))
         version = tensors[f"{key}{end}0._sn_version"].item()
-        torch.testing.assert_close(got.double(), _spectral64(original, v, scale, version, used), rtol=1e-4, atol=0)
+        torch.testing.assert_close(got().double(), _spectral64(original, v, scale, version, used), rtol=1e-4, atol=0)
 
 
 def _plain_forward(state, x, heads, p=16):

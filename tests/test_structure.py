@@ -17,8 +17,9 @@ PACKAGE = ROOT / "radio_fast"
 RANKS = {
     "errors": 0, "version": 0, "arch": 0, "paths": 0, "kernels": 0, "native": 0,
     "ops": 1, "layers": 2, "models": 3, "model": 4,
-    "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "folder": 6, "api": 7, "zeroshot": 7,
-    "__init__": 8, "images": 8, "hf": 8, "doctor": 8, "tune": 8, "cli_common": 8, "cli_ops": 9, "cli": 9,
+    "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "folder": 6, "api": 7, "adopt": 7, "export": 7,
+    "zeroshot": 7, "__init__": 8, "images": 8, "hf": 8, "doctor": 8, "tune": 8, "cli_common": 8, "cli_export": 8,
+    "cli_ops": 9, "cli": 9,
 }  # fmt: skip
 
 
@@ -78,7 +79,8 @@ after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabl
          torch.backends.cuda.matmul.allow_tf32, torch.random.get_rng_state().sum())
 assert before == after, (before, after)
 assert not torch.cuda.is_initialized()
-loaded = {"typer", "rich", "PIL", "transformers", "open_clip"} & set(sys.modules)
+extras = {"typer", "rich", "PIL", "transformers", "open_clip", "onnx", "onnxscript", "onnxruntime"}
+loaded = extras & set(sys.modules)
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -38,6 +38,7 @@ class ModelState:
     feature_normalizer: State = field(default_factory=dict)
     inter_feature_normalizer: State = field(default_factory=dict)
     fixed_size: bool = False  # a plain timm ViT, without CPE
+    share: bool = False  # the tensors are a living model's: kept where nothing has to be folded or cast, and all used
     layout: tuple[int, int, tuple[int, ...]] | None = None  # cls tokens, registers, summary indices; None: from args
     # What a Hugging Face folder's config says beside the weights.
     default_adaptors: tuple[str, ...] = ()
@@ -136,20 +137,24 @@ def canonical_backbone(state: Mapping[str, Tensor], arch: str) -> tuple[State, b
 # -- spectral reparametrisation -------------------------------------------------------------------------------
 
 
-def _spectral_weight(matrix: Tensor, params: State, eps: float) -> Tensor:
-    """matrix · s / (uᵀ·matrix·v + eps), u and v after one more step of power iteration (radio.md §8), in float32."""
-    matrix = matrix.float()
-    v = params["_v"].float()
-    u = F.normalize(matrix @ v, dim=0, eps=eps)
+def _spectral_weight(matrix: Tensor, v: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """matrix · scale / (uᵀ·matrix·v + eps), u and v after one more step of power iteration, in float32."""
+    u = F.normalize(matrix @ v.float(), dim=0, eps=eps)
     v = F.normalize(matrix.T @ u, dim=0, eps=eps)
-    scale = params["scale"].float()
-    if "_sn_version" in params and params["_sn_version"].item() == 2:
-        scale = F.softplus(scale) + 0.05
     return matrix * (scale / (u @ matrix @ v + eps))
 
 
+def _spectral_part(group: State, prefix: str, columns: int) -> tuple[Tensor, Tensor]:
+    """(v, the factor) of one of a parametrisation's matrices."""
+    v, scale = group[f"{prefix}_v"], group[f"{prefix}scale"].float()
+    if v.shape != (columns,) or scale.numel() != 1:
+        raise ValueError(f"_v {tuple(v.shape)} and scale {tuple(scale.shape)} of {columns} columns")
+    version = group.get(f"{prefix}_sn_version")
+    return v, F.softplus(scale) + 0.05 if version is not None and version.item() == 2 else scale
+
+
 def fold_spectral(state: State, eps: float) -> State:
-    """Replace `X.parametrizations.weight.*` by the weight `X.weight` that they describe.
+    """Replace `X.parametrizations.weight.*` by the weight `X.weight` that they describe, made when it is wanted.
 
     Raises:
         CheckpointError: a parametrisation lacks a tensor or is of another kind.
@@ -168,15 +173,18 @@ def fold_spectral(state: State, eps: float) -> State:
             original = group["original"]
             parts = sorted({m[1] for key in group if (m := re.match(r"0\.parts\.(\d+)\.", key))}, key=int)
             prefixes = [f"0.parts.{n}." for n in parts] or ["0."]
-            folded = [
-                _spectral_weight(
-                    chunk, {k.removeprefix(prefix): v for k, v in group.items() if k.startswith(prefix)}, eps
-                )
-                for chunk, prefix in zip(original.chunk(len(prefixes)), prefixes, strict=True)
-            ]
+            if original.ndim != 2 or original.shape[0] % len(prefixes):
+                raise ValueError(f"{tuple(original.shape)} in {len(prefixes)} parts")
+            values = [value for prefix in prefixes for value in _spectral_part(group, prefix, original.shape[1])]
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{layer}: its weight parametrisation is not a spectral one ({error})") from error
-        out[f"{layer}.weight"] = torch.cat(folded)
+
+        def make(original: Tensor, *values: Tensor) -> Tensor:
+            chunks = original.float().chunk(len(values) // 2)
+            pairs = zip(values[::2], values[1::2], strict=True)
+            return torch.cat([_spectral_weight(c, *pair, eps) for c, pair in zip(chunks, pairs, strict=True)])
+
+        out[f"{layer}.weight"] = Deferred(original.shape, make, original, *values)
     return out
 
 
@@ -234,16 +242,18 @@ def fill(
     state: State,
     where: str,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     release: Callable[[Tensor], None] = lambda tensor: None,
+    share: bool = False,
 ) -> None:
-    """Give a module built on the meta device its tensors, each copied once to `device` as `dtype`.
+    """Give a module built on the meta device its tensors, each copied once to `device` as `dtype` (None: as it is).
 
     `state` is emptied on the way and `release` called for each tensor that has been copied, so that at no time two
-    copies of the whole model exist.
+    copies of the whole model exist. With `share` no tensor is copied that is on `device`, in `dtype` and contiguous.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape. Unexpected ones get a warning.
+        CheckpointError: a tensor is missing or has another shape. Unexpected ones get a warning, or are refused with
+            `share`: a living model would not have them for nothing.
     """
     wanted = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, empty in wanted.items():
@@ -260,18 +270,21 @@ def fill(
             )
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
+        kept = value.dtype
         stored = value.sources if isinstance(value, Deferred) else (value,)
         try:
             value = value() if isinstance(value, Deferred) else value
         except ValueError as error:
             raise CheckpointError(f"{where}{name}: {error}") from None
         layout = getattr(owner, "weight_format", None) if value.ndim == 4 else None
-        own = torch.float32 if leaf in getattr(owner, "float32", ()) else dtype
+        own = torch.float32 if leaf in getattr(owner, "float32", ()) else dtype or kept
         # What folding has made is no one else's: copied again, the largest weight would exist three times.
         shared = any(value.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in stored)
         copied = value.detach().to(
-            device=device, dtype=own, copy=shared, memory_format=layout or torch.contiguous_format
+            device=device, dtype=own, copy=shared and not share, memory_format=layout or torch.contiguous_format
         )
+        if share and layout is None:
+            copied = copied.contiguous()  # `to` leaves a transposed matrix as it is
         for tensor in stored:
             release(tensor)
         if isinstance(empty, nn.Parameter):
@@ -281,5 +294,7 @@ def fill(
     if state:
         names = sorted(f"{where}{name}" for name in state)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        if share:
+            raise CheckpointError(f"it has tensors that this package knows no use of: {', '.join(names[:5])}{more}")
         warnings.warn(f"the checkpoint has tensors this model does not use: {', '.join(names[:5])}{more}", stacklevel=3)
     state.clear()

@@ -123,4 +123,4 @@ def test_separate_qkv_names(separate, rng):
     (key, fused), *rest = canonical_backbone(native_backbone(shuffled), "radio")[0].items()
     assert not rest
     assert key == "blocks.0.attn.qkv.weight"
-    assert torch.equal(fused, parts.flatten(0, 1))
+    assert torch.equal(fused(), parts.flatten(0, 1))
