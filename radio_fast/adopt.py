@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from radio_fast.api import build
 from radio_fast.checkpoint import plain_args
 from radio_fast.errors import CheckpointError
-from radio_fast.graphs import resolve_graphs
 from radio_fast.folder import native_backbone
+from radio_fast.graphs import resolve_graphs
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.model import RADIOModel
 from radio_fast.models.eradio_weights import is_eradio
@@ -204,7 +204,9 @@ def _official_state(
             raise ValueError(f"adaptor {name!r} has no head_mlp and feat_mlp with weights: its heads can't be found")
         heads[name] = tuple(fold_spectral(head, _spectral_eps(adaptor, 1e-6)) for head in pair)
         slot, upsample = _adaptor_facts(name, adaptor, config, known)
-        teachers.append({"name": name, "token_slot": slot, "fd_upsample_factor": upsample})
+        said = next((teacher for teacher in known["teachers"] or [] if teacher["name"] == name), {})
+        text = {key: said[key] for key in ("type", "model", "pretrained") if key in said}  # what its text tower is
+        teachers.append({"name": name, "token_slot": slot, "fd_upsample_factor": upsample} | text)
     known["teachers"] = teachers
     return ModelState(
         arch=arch,

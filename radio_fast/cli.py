@@ -15,6 +15,7 @@ try:
     import torch
     import typer
     from PIL import Image  # noqa: F401 (checked here so that a missing one is told at once)
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
