@@ -50,13 +50,25 @@ class OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after `seconds`, or when the process is told to end."""
+    """Raise OutOfTime in the block after `seconds`, or when the process is told to end.
+
+    Told so once, it hears no second time: `timeout` tells its child and then its whole group, and the results are still
+    to be written. What it hears afterwards is for the caller to restore.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return
 
+    why = "the time budget"
+
     def stop(number: int, _frame) -> None:
-        raise OutOfTime("the time budget" if number == signal.SIGALRM else "ended from outside")
+        nonlocal why
+        if number != signal.SIGALRM:
+            why = "ended from outside"
+            for one in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(one, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)  # once more, should this one be lost: in a __del__ it is but printed
+        raise OutOfTime(why)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)}
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
@@ -65,7 +77,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if why == "the time budget" or number == signal.SIGALRM:
+                signal.signal(number, handler)
 
 
 class Engine:
@@ -101,6 +114,7 @@ class Engine:
         missing = self.record.data["not_measured"]
         missing.update({step.id: "the time budget" for step in steps})
         self.record.save()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with time_limit(self.left()):
                 self.record.data["runs"][-1]["ceilings"] = ceilings(self.tiny)
@@ -111,6 +125,9 @@ class Engine:
             if missing and str(stop) != "the time budget":
                 missing.update(dict.fromkeys(missing, str(stop)))
         self.record.save()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def take(self, step: Step, missing: dict[str, str]) -> None:
         """Measure one step and write it down, whatever comes of it."""
