@@ -63,6 +63,8 @@ def accelerate(
             this package does not: the message says what was found and what is accepted.
     """
     graphs = resolve_graphs(cuda_graphs)
+    if version is not None and not isinstance(version, str):
+        raise ValueError(f"version must be a version's name or None, got {version!r}")
     row = find_version(version) if version else None
     if version and row is None:
         raise unknown_version(version)
@@ -119,8 +121,14 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"accelerate takes a RADIO model, an nn.Module, got {type(model).__name__}")
     radio, config = model, getattr(model, "config", None)
-    while inner := [getattr(radio, name) for name in WRAPPERS if isinstance(getattr(radio, name, None), nn.Module)]:
-        radio = inner[0]
+    while inner := [name for name in WRAPPERS if isinstance(getattr(radio, name, None), nn.Module)]:
+        held = [name for name, _ in (*radio.named_parameters(), *radio.named_buffers())]
+        if beside := [name for name in held if not name.startswith(f"{inner[0]}.")]:
+            raise ValueError(
+                f"{type(radio).__name__} has weights of its own around the RADIO model ({', '.join(beside[:3])}), "
+                f"which would be lost: give accelerate its .{inner[0]}, and put the result in that place"
+            )
+        radio = getattr(radio, inner[0])
         config = config or getattr(radio, "config", None)
     if isinstance(radio, RADIOModel):
         raise ValueError("this is radio_fast's model already: its backend and graphs can be set as they are")
@@ -277,7 +285,7 @@ def _adaptor_facts(name: str, adaptor: nn.Module, config: Any, known: Mapping[st
         if teacher["name"] == name:
             default = teacher.get("token_slot")
             slot = default if default is not None else index if known["cls_token_per_teacher"] else 0
-            return entry.get("head_idx", slot), teacher.get("fd_upsample_factor") or 1
+            return slot, teacher.get("fd_upsample_factor") or 1
     slot = entry.get("head_idx", getattr(adaptor, "head_idx", None))
     upsample = feature.get("upsample_factor")
     for module in (adaptor, adaptor.feat_mlp):

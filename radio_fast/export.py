@@ -129,7 +129,7 @@ def export_onnx(
     """
     if not isinstance(model, RADIOModel):
         raise ValueError(f"export_onnx takes a model of radio_fast.load, got {type(model).__name__}")
-    if opset not in OPSETS:
+    if type(opset) is not int or opset not in OPSETS:
         raise ValueError(f"opset must lie in {OPSETS.start}…{OPSETS.stop - 1}, got {opset!r}")
     if type(batch) is not int or batch < 1 or (dynamic_batch and batch != 1):
         raise ValueError(f"batch must be a number of images from 1 on, and dynamic_batch False, got {batch!r}")

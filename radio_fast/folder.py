@@ -218,6 +218,11 @@ def _native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelSt
             raise CheckpointError(f"config.json: {name} must be of type {kind.__name__}, got {value!r}")
         return value
 
+    # No tensor shows these, and every released model has them so.
+    if config.get("hidden_act", "gelu") != "gelu" and not config.get("use_swiglu_ffn"):
+        raise CheckpointError(f"config.json: hidden_act must be 'gelu', got {config['hidden_act']!r}")
+    if config.get("layer_norm_eps", 1e-6) != 1e-6:
+        raise CheckpointError(f"config.json: layer_norm_eps must be 1e-6, got {config['layer_norm_eps']!r}")
     backbone, _ = canonical_backbone(native_backbone(tensors), "radio")
     num_cls = field("num_cls_tokens", int, 3)
     summary_idxs = _summary_idxs(tensors) or tuple(field("summary_idxs", list, [0, 1]))

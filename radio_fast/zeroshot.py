@@ -70,7 +70,9 @@ def zero_shot(
     texts = _label_embeddings(head, labels, templates, batch_size)
     # An empty batch is one too.
     summary = torch.cat([model(part)[name].summary for part in images.split(batch_size)])
-    logits = tower.logit_scale * normalized(summary) @ texts.to(summary.device).T + (tower.logit_bias or 0.0)
+    with torch.autocast(summary.device.type, enabled=False):
+        logits = tower.logit_scale * normalized(summary.float()) @ texts.to(summary.device).T
+        logits = logits + (tower.logit_bias or 0.0)
     return ZeroShot(logits.softmax(dim=-1) if activation == "softmax" else logits.sigmoid(), logits)
 
 
@@ -116,4 +118,6 @@ def _label_embeddings(
         cache[key] = found
         while len(cache) > MAX_CACHED:
             cache.popitem(last=False)
+    else:
+        cache.move_to_end(key)
     return found

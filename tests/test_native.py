@@ -63,6 +63,7 @@ def test_no_library(monkeypatch, tmp_path):
     assert "names no file" in reason_for(monkeypatch, tmp_path)
     monkeypatch.delenv("RADIO_FAST_LIBRARY")
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "_found", {})
     assert re.search("was not built: there is no .*; install radio_fast again", native.why_not_native())
     monkeypatch.setattr(native, "_found", {})
     (tmp_path / native.REASON).write_text("no compiler was found\n")

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
 from radio_fast.api import load
+from radio_fast.errors import CheckpointError
 from radio_fast.model import FEATURE_FORMATS, RADIOModel, RadioOutput, check_choice
 from radio_fast.models.spec import ViTSpec
 
@@ -79,6 +80,24 @@ class RadioFastModel(nn.Module):
             return getattr(super().__getattr__("radio_model"), name)
 
     @property
+    def backend(self) -> str:
+        """As `RADIOModel.backend`; it can be set."""
+        return self.radio_model.backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self.radio_model.backend = backend
+
+    @property
+    def graphs(self) -> Any:
+        """As `RADIOModel.graphs`; None switches them off."""
+        return self.radio_model.graphs
+
+    @graphs.setter
+    def graphs(self, graphs: Any) -> None:
+        self.radio_model.graphs = graphs
+
+    @property
     def device(self) -> torch.device:
         return self.radio_model.model.device
 
@@ -117,6 +136,8 @@ class RadioFastModel(nn.Module):
             ValueError: an argument that is not known, or not legal; a config that contradicts the weights.
             CheckpointError, DownloadError: as `radio_fast.load`.
         """
+        if kwargs.get("_from_auto"):
+            config = None  # AutoModel read it from this folder, with RadioConfig's defaults where that says nothing
         for name in _OF_AUTO_MODEL:
             kwargs.pop(name, None)
         known = [name for name in inspect.signature(load).parameters if name not in ("version", "return_checkpoint")]
@@ -228,7 +249,15 @@ def _config_of(model: RADIOModel, content: Mapping[str, Any]) -> RadioFastConfig
         fields.setdefault(name, getattr(model.input_conditioner, name).flatten().tolist())
     if model.preferred_resolution is not None:
         fields.setdefault("image_size", model.preferred_resolution.height)
-    return RadioFastConfig.from_dict(fields)
+    # What a file must not put in the place of a method.
+    fields = {name: value for name, value in fields.items() if not callable(getattr(RadioFastConfig, name, None))}
+    if type(fields.get("mlp_ratio")) is int:
+        fields["mlp_ratio"] = float(fields["mlp_ratio"])
+    try:
+        return RadioFastConfig.from_dict(fields)
+    except Exception as error:  # Transformers raises whatever a strange value leads to
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"config.json: Transformers can't make a RadioConfig of it: {why}") from error
 
 
 def register() -> Callable[[], None]:
