@@ -108,11 +108,13 @@ class VisionTransformer(Backbone):
             elif aside is not None and not windowed:
                 aside, x = None, cat([aside, x], dim=1)
             window = (h, w, self.window_size) if windowed else None
-            if called or block.fuse_norm or not untouched(block, Block):
-                x, normed = block(x, window), None
+            if called or not untouched(block, Block) or block.fuse_norm:
+                x, normed = block(x) if window is None else block(x, window), None
             else:
-                alike = i < last and windowed == (i + 1 in self.windowed)  # the next block takes the same tokens
-                x, normed = block.step(x, normed, self.blocks[i + 1].norm1 if alike else None, window)
+                after = None
+                if i < last and windowed == (i + 1 in self.windowed):  # the next block takes the same tokens
+                    after = self.blocks[i + 1].norm1 if untouched(self.blocks[i + 1], Block) else None
+                x, normed = block.step(x, normed, after, window)
             if visit is not None:
                 visit(i, x if aside is None else cat([aside, x], dim=1))
             if i == last:
