@@ -179,6 +179,7 @@ def test_failed_check_leaves_what_was_there(tmp_path, monkeypatch):
         ({"image_size": (32, 32, 3)}, r"a number of pixels or \(height, width\), got \(32, 32, 3\)"),
         ({"image_size": 0}, "a number of pixels or"),
         ({"opset": 17}, "opset must lie in 18…23, got 17"),
+        ({"opset": 20.0}, "opset must lie in 18…23, got 20.0"),
         ({"batch": 2}, "batch must be a number of images from 1 on, and dynamic_batch False, got 2"),
         ({"batch": 0, "dynamic_batch": False}, "batch must be a number of images from 1 on"),
         ({"path": "."}, "path must be a file to write, . is a folder"),

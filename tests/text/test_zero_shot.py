@@ -49,6 +49,27 @@ def test_by_hand(model, images, adaptor, bias):
         assert_relative(result.probabilities, expected.sigmoid())
 
 
+def test_autocast_is_for_the_model_alone(model, images):
+    """Logits are the float32 product of what the model gave, not autocast's."""
+    with torch.autocast("cpu", torch.bfloat16):
+        summary = model(images)["clip"].summary
+        probabilities, logits = radio_fast.zero_shot(model, images, LABELS)
+    texts = next(reversed(model.adaptors["clip"].text.cache.values()))
+    assert logits.dtype == probabilities.dtype == torch.float32
+    assert_relative(logits, SCALE * F.normalize(summary.float(), dim=-1) @ texts.T)
+
+
+def test_labels_in_use_stay_cached(model, images):
+    cache = model.adaptors["clip"].text.cache
+    cache.clear()
+    for n in range(zeroshot.MAX_CACHED):
+        radio_fast.zero_shot(model, images[:1], [f"label {n}"])
+    kept = next(iter(cache.values()))
+    radio_fast.zero_shot(model, images[:1], ["label 0"])
+    radio_fast.zero_shot(model, images[:1], ["another"])
+    assert any(value is kept for value in cache.values()), "the least recently used goes first"
+
+
 def test_batches_change_nothing(model, images):
     expected = radio_fast.zero_shot(model, images, LABELS, TEMPLATES).logits
     for batch_size in (1, 2, 100):
