@@ -19,7 +19,7 @@ RANKS = {
     "ops": 1, "layers": 2, "models": 3, "model": 4,
     "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "folder": 6, "api": 7, "adopt": 7, "export": 7,
     "zeroshot": 7, "__init__": 8, "images": 8, "hf": 8, "doctor": 8, "tune": 8, "cli_common": 8, "cli_export": 8,
-    "cli_ops": 9, "cli": 9,
+    "serve": 8, "cli_ops": 9, "cli_serve": 9, "cli": 9,
 }  # fmt: skip
 
 

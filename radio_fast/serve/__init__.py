@@ -1,0 +1,1 @@
+"""Embedding for many concurrent callers: in process (`Embedder`), over HTTP (`server`), on Ray (`ray`)."""
