@@ -1,7 +1,6 @@
 """Embeddings over HTTP: OpenAI's /v1/embeddings, /embed with dense maps, health, metrics, a page to try it on."""
 
-from __future__ import annotations
-
+# No annotations from __future__: FastAPI reads those of the routes, which name local limits.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -122,7 +121,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        await asyncio.to_thread(service.stop)
+        await service.stop()
 
     app = FastAPI(
         title="radio_fast",
@@ -318,11 +317,13 @@ async def _uploaded(request: Request) -> list[bytes]:
         form = await parser.parse()
     except MultiPartException as error:
         raise ApiError(400, "invalid_multipart", error.message) from None
-    async with form:
+    try:
         images = [part for name, part in form.multi_items() if name == "images" and isinstance(part, UploadFile)]
         if not images or len(images) != len(form.multi_items()):
             raise ApiError(400, "no_images", "the body must have files named 'images', and nothing else")
         return [await image.read() for image in images]
+    finally:
+        await form.close()
 
 
 def _size(text: str | None, embedder: Embedder) -> tuple[int, int] | None:
@@ -349,10 +350,10 @@ async def _plain_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    """The first thing wrong; what came is not quoted."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])[:80]
-    return ApiError(400, "invalid_value", f"{where}: {first['msg']}" if where else first["msg"], param=where).response()
+    """One thing that is wrong, rather not that a list is no string; what came is not quoted."""
+    wrong = min(error.errors(), key=lambda one: one["type"] == "string_type")
+    param = next((part for part in wrong["loc"][1:2] if isinstance(part, str)), None)
+    return ApiError(400, "invalid_value", f"{param or 'body'}: {wrong['msg']}", param=param).response()
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
