@@ -6,6 +6,7 @@ from radio_fast import ops
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.mlp import Mlp, SwiGLU, add_norm, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
+from radio_fast.layers.packing import Segments
 
 
 class Block(nn.Module):
@@ -29,7 +30,10 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x: Tensor, window: tuple[int, int, int] | int | None = None, branch: Tensor | None = None
+        self,
+        x: Tensor,
+        window: tuple[int, int, int] | Segments | int | None = None,
+        branch: Tensor | None = None,
     ) -> Tensor:
         """`window`: what `attn.mix` takes. `branch`: added to x first, in the pass that normalises."""
         if self.fuse_norm:
@@ -46,7 +50,7 @@ class Block(nn.Module):
         x: Tensor,
         normed: Tensor | None,
         after: LayerNorm | DynamicTanh | None,
-        window: tuple[int, int, int] | int | None = None,
+        window: tuple[int, int, int] | Segments | int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(the block's output, `after` of it: the next block's norm1, or None).
 

@@ -12,6 +12,7 @@ from radio_fast.layers.attention import Attention
 from radio_fast.layers.block import Block
 from radio_fast.layers.mlp import Mlp
 from radio_fast.layers.norm import LayerNorm
+from radio_fast.layers.packing import Packing, Segments
 from radio_fast.models.text import TextTower, normalized
 
 HEAD_EPS = 1e-5
@@ -72,9 +73,9 @@ class AttnHead(nn.Module):
         self.blocks = nn.ModuleList(head_block(dim, hidden, qkv_bias) for _ in range(num_blocks))
         self.mlp = mlp
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, window: Segments | None = None) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = block(x) if window is None else block(x, window)
         return self.mlp(x)
 
 
@@ -106,8 +107,8 @@ def build_head(state: Mapping[str, Tensor]) -> nn.Module:
     return MlpV1(dim, hidden, state["fc2.weight"].shape[0], _count(state, "inner"))
 
 
-def _run(head: nn.Module, x: Tensor) -> Tensor:
-    return head(x.to(next(head.parameters()).dtype)).float()
+def _run(head: nn.Module, x: Tensor, *window: Segments) -> Tensor:
+    return head(x.to(next(head.parameters()).dtype), *window).float()
 
 
 class Adaptor(nn.Module):
@@ -130,13 +131,29 @@ class Adaptor(nn.Module):
         """(summary, features), float32: (B, S) and (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW"."""
         summary = _run(self.head_mlp, prefix[:, self.token_slot])
         y = _run(self.feat_mlp, features)
+        return summary, self._spread(y, h, w, feature_fmt)
+
+    def forward_packed(
+        self, prefix: Tensor, features: Tensor, packing: Packing, feature_fmt: str
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`forward` for images of several sizes: features (1, ΣT, D) → (summary, each image's features)."""
+        summary, lengths = _run(self.head_mlp, prefix[:, self.token_slot]), packing.patches.lengths
+        if type(self.feat_mlp) is AttnHead:
+            parts = _run(self.feat_mlp, features, packing.patches).split(lengths, 1)
+        elif type(self.feat_mlp) in (MlpV1, MlpV2):
+            parts = _run(self.feat_mlp, features).split(lengths, 1)
+        else:  # whatever has been put in place of ours may mix an image's tokens
+            parts = [_run(self.feat_mlp, x) for x in features.split(lengths, 1)]
+        parts = (self._spread(y, h, w, feature_fmt) for y, (h, w) in zip(parts, packing.grids, strict=True))
+        return summary, tuple(y[0] for y in parts)
+
+    def _spread(self, y: Tensor, h: int, w: int, feature_fmt: str) -> Tensor:
+        """(B, T, u·u·C) → (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW"."""
         u, B = self.upsample, y.shape[0]
         if u > 1:
             width = y.shape[-1] // u**2  # no −1: it has no answer for an empty batch
-            y = y.view(B, h, w, u, u, width).transpose(2, 3).reshape(B, h * u * w * u, width)
-        if feature_fmt == "NCHW":
-            y = to_nchw(y, h * u, w * u)
-        return summary, y
+            y = y.reshape(B, h, w, u, u, width).transpose(2, 3).reshape(B, h * u * w * u, width)
+        return to_nchw(y, h * u, w * u) if feature_fmt == "NCHW" else y
 
 
 class TextAdaptor(Adaptor):
