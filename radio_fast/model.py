@@ -297,7 +297,7 @@ class RADIOModel(nn.Module):
             check_patches(images, p, self.model.device)
             sizes = [(h * p, w * p) for h, w in read_grids(image_grid_hw, images.shape[0])]
         for i, (H, W) in enumerate(sizes):
-            self._check_size(H, W, f"image {i}: ")
+            self._check_size(H, W, f"images[{i}]: ")
         grids = tuple((H // p, W // p) for H, W in sizes)
         conditioner = self._conditioner()
         foreign = conditioner is not None and not isinstance(conditioner, InputConditioner)

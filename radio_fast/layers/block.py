@@ -70,3 +70,12 @@ class Block(nn.Module):
         y = self.attn.proj(self.attn.mix(self.attn.qkv.after_norm(x, mean, rstd, self.norm1), window))
         x, mean, rstd = ops.add_norm_stats(x, y, None, self.norm2.eps, backend=backend)
         return self.mlp.contract(self.mlp.expand.after_norm(x, mean, rstd, self.norm2), x, None)[0]
+
+
+def call(block: nn.Module, x: Tensor, window: tuple[int, int, int] | Segments | None) -> Tensor:
+    """block(x, window), where what stands in the block's place, or around it, may know nothing of packed images."""
+    if window is None:
+        return block(x)
+    if isinstance(window, Segments) and not isinstance(block, Block):
+        return window.apart(block, x)
+    return block(x, window)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,14 @@ class Segments(NamedTuple):
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
+
+    def apart(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`run`, which takes batches (B, N, D), on the images of x (1, tokens, D), neighbours of one length at once."""
+        runs = [(N, len([*same])) for N, same in groupby(self.lengths)]
+        parts = zip(x[0].split([N * images for N, images in runs]), runs, strict=True)
+        return torch.cat([run(part.unflatten(0, (images, N))).flatten(0, 1) for part, (N, images) in parts]).unsqueeze(
+            0
+        )
 
 
 @dataclass(frozen=True)

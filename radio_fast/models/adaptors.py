@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.block import Block
+from radio_fast.layers.block import Block, call
 from radio_fast.layers.mlp import Mlp
 from radio_fast.layers.norm import LayerNorm
 from radio_fast.layers.packing import Packing, Segments
@@ -75,7 +76,7 @@ class AttnHead(nn.Module):
 
     def forward(self, x: Tensor, window: Segments | None = None) -> Tensor:
         for block in self.blocks:
-            x = block(x) if window is None else block(x, window)
+            x = call(block, x, window)
         return self.mlp(x)
 
 
@@ -127,25 +128,30 @@ class Adaptor(nn.Module):
         self.token_slot = token_slot
         self.upsample = upsample
 
-    def forward(self, prefix: Tensor, features: Tensor, h: int, w: int, feature_fmt: str) -> tuple[Tensor, Tensor]:
-        """(summary, features), float32: (B, S) and (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW"."""
-        summary = _run(self.head_mlp, prefix[:, self.token_slot])
-        y = _run(self.feat_mlp, features)
-        return summary, self._spread(y, h, w, feature_fmt)
+    def forward(
+        self,
+        prefix: Tensor,
+        features: Tensor,
+        h: int | None,
+        w: int | None,
+        feature_fmt: str,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        """(summary, features), float32: (B, S) and (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW".
 
-    def forward_packed(
-        self, prefix: Tensor, features: Tensor, packing: Packing, feature_fmt: str
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`forward` for images of several sizes: features (1, ΣT, D) → (summary, each image's features)."""
-        summary, lengths = _run(self.head_mlp, prefix[:, self.token_slot]), packing.patches.lengths
-        if type(self.feat_mlp) is AttnHead:
-            parts = _run(self.feat_mlp, features, packing.patches).split(lengths, 1)
-        elif type(self.feat_mlp) in (MlpV1, MlpV2):
-            parts = _run(self.feat_mlp, features).split(lengths, 1)
-        else:  # whatever has been put in place of ours may mix an image's tokens
-            parts = [_run(self.feat_mlp, x) for x in features.split(lengths, 1)]
-        parts = (self._spread(y, h, w, feature_fmt) for y, (h, w) in zip(parts, packing.grids, strict=True))
-        return summary, tuple(y[0] for y in parts)
+        `packing`: of features (1, ΣT, D) of images of several sizes; there is then a tuple of each one's, without B.
+        """
+        summary = _run(self.head_mlp, prefix[:, self.token_slot])
+        if packing is None:
+            return summary, self._spread(_run(self.feat_mlp, features), h, w, feature_fmt)
+        if isinstance(self.feat_mlp, AttnHead):
+            y = _run(self.feat_mlp, features, packing.patches)
+        elif isinstance(self.feat_mlp, (MlpV1, MlpV2)):
+            y = _run(self.feat_mlp, features)
+        else:  # whatever has been put in its place may mix an image's tokens
+            y = packing.patches.apart(partial(_run, self.feat_mlp), features)
+        parts = zip(y.split(packing.patches.lengths, dim=1), packing.grids, strict=True)
+        return summary, tuple(self._spread(part, *grid, feature_fmt)[0] for part, grid in parts)
 
     def _spread(self, y: Tensor, h: int, w: int, feature_fmt: str) -> Tensor:
         """(B, T, u·u·C) → (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW"."""

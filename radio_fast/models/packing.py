@@ -62,7 +62,7 @@ def read_grids(grids: Tensor | Sequence[Sequence[int]], num_patches: int) -> tup
         ValueError: no pairs of positive whole numbers, or not `num_patches` patches together.
     """
     if isinstance(grids, Tensor):
-        grids = [grids.tolist()] if grids.ndim != 2 or grids.is_floating_point() else grids.tolist()
+        grids = grids.tolist()
     try:
         pairs = tuple((index(h), index(w)) for h, w in grids)
     except (TypeError, ValueError):
@@ -83,16 +83,18 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def cut(images: Sequence[Tensor], p: int) -> Tensor:
-    """Images (3, h·p, w·p) → all their patches (ΣT, 3, p, p), row by row, in the images' dtype, or what holds all."""
+    """Images (3, h·p, w·p) → their patches (ΣT, 3, p, p), row by row, in the images' dtype; float32 if those differ."""
     dtypes = {image.dtype for image in images}
     if len(dtypes) > 1:
         images = [to_float(image) for image in images]
     grids = [(image.shape[1] // p, image.shape[2] // p) for image in images]
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     patches = images[0].new_empty((sum(h * w for h, w in grids), 3, p, p), dtype=dtype)
-    parts = patches.split([h * w for h, w in grids])
-    for image, part, (h, w) in zip(images, parts, grids, strict=True):
+    first = 0
+    for image, (h, w) in zip(images, grids, strict=True):
+        part = patches[first : first + h * w]  # of split's parts none could be written to under autograd
         part.view(h, w, 3, p, p).copy_(image.unflatten(2, (w, p)).unflatten(1, (h, p)).permute(1, 3, 0, 2, 4))
+        first += h * w
     return patches
 
 
@@ -119,7 +121,7 @@ def packed_outputs(
         return backbone
     outputs = {"backbone": backbone}
     for name, adaptor in model.adaptors.items():
-        outputs[name] = PackedOutput(*adaptor.forward_packed(prefix, features, packing, fmt))
+        outputs[name] = PackedOutput(*adaptor(prefix, features, None, None, fmt, packing))
     return outputs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, cat, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.block import Block
+from radio_fast.layers.block import Block, call
 from radio_fast.layers.mlp import Mlp, SwiGLU, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.layers.packing import Packing, Segments
@@ -134,7 +134,7 @@ class VisionTransformer(Backbone):
                 aside, x = None, put_back(aside, x)
             window = inside if windowed else everywhere
             if called or not untouched(block, Block) or block.fuse_norm:
-                x, normed = block(x) if window is None else block(x, window), None
+                x, normed = call(block, x, window), None
             else:
                 after = None
                 if i < last and windowed == (i + 1 in self.windowed):  # the next block takes the same tokens

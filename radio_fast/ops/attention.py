@@ -47,7 +47,7 @@ def attention_ref(
     seqlens: tuple[int, ...] | None = None,
 ) -> Tensor:
     if cu_seqlens is not None:
-        runs = [(N, len([*run])) for N, run in groupby(cu_seqlens.diff().tolist() if seqlens is None else seqlens)]
+        runs = [(N, len([*same])) for N, same in groupby(cu_seqlens.diff().tolist() if seqlens is None else seqlens)]
         parts = qkv.split([N * images for N, images in runs])
         parts = [part.unflatten(0, (run[1], run[0])) for part, run in zip(parts, runs, strict=True)]
         return torch.cat([attention_ref(part, num_heads).flatten(0, 1) for part in parts])
