@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from radio_fast.graphs.cache import MAX_ROWS
+from radio_fast.graphs.capture import map_tensors
 from radio_fast.model import RADIOModel, RadioOutput
 
-Outputs = dict[str, RadioOutput]
+Outputs = dict[str, RadioOutput]  # one image's
+Several = Mapping[str, tuple[Tensor, Sequence[Tensor]]]  # B images': summaries (B, S·D), features B × (T_i, D)
 Finish = Callable[[], list[Outputs]]
 
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
@@ -30,54 +32,40 @@ def grid(model: RADIOModel, height: int, width: int) -> tuple[int, int]:
     return model.model.grid(torch.empty(1, 3, height, width, device="meta"))
 
 
-def padded(model: RADIOModel, images: int, tokens: int) -> int:
+def padded(model: RADIOModel, images: int, tokens: int, budget: int) -> int:
     """How many images of one size, of `tokens` tokens each, to run in the place of `images`.
 
     CUDA graphs are made for exact shapes. So that not every number of images needs one of its own, they are filled up
-    to a power of two or three halves of one: 12 shapes up to 64 images, of the 16 that a model keeps.
+    to a power of two or three halves of one, as far as the budget goes: 12 shapes up to 64 images, where a model keeps
+    16 graphs.
     """
     graphs = model.graphs
     if graphs is None or not graphs.enabled or model.model.device.type != graphs.capture.device_type:
         return images
     power = 1 << (images - 1).bit_length()
     count = power * 3 // 4 if images <= power * 3 // 4 else power
-    return count if count * tokens <= MAX_ROWS else images
+    return count if count * tokens <= min(budget, MAX_ROWS) else images
 
 
-def batch_sizes(model: RADIOModel, most: int, tokens: int) -> list[int]:
-    """The numbers of images that batches of at most `most` run as."""
-    return sorted({padded(model, images, tokens) for images in range(1, most + 1)})
+def batch_sizes(model: RADIOModel, tokens: int, budget: int) -> list[int]:
+    """The numbers of images, of `tokens` tokens each, that batches run as."""
+    most = max(min(budget, MAX_ROWS) // tokens, 1)
+    return sorted({padded(model, images, tokens, budget) for images in range(1, most + 1)})
 
 
-def forward(model: RADIOModel, images: Sequence[Tensor]) -> dict[str, tuple[Tensor, Sequence[Tensor]]]:
-    """{"backbone": (summaries (B, S·D), features B × (T_i, D)), adaptor's name: …} of images (3, h_i, w_i) on the
-    model's device, all uint8 or all float.
-    """
-    first = images[0]
-    if all(image.shape == first.shape for image in images):
-        x = torch.stack(images)
+def forward(model: RADIOModel, images: Sequence[Tensor], budget: int) -> Several:
+    """The outputs of images (3, h_i, w_i) on the model's device, all uint8 or all float."""
+    if any(image.shape != images[0].shape for image in images):
+        result = model.forward_packed(list(images))
+    else:
+        x = torch.stack(list(images))
         if x.dtype == torch.uint8:
             x = x.float() / 255
-        count = padded(model, len(images), math.prod(grid(model, *first.shape[1:])))
-        if count > len(images):
-            x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, count - len(images)))
-        result = model(x)
-        outputs = result if isinstance(result, dict) else {"backbone": result}
-        return {
-            name: (summary[: len(images)], features[: len(images)]) for name, (summary, features) in outputs.items()
-        }
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, image in enumerate(images):
-        groups.setdefault(tuple(image.shape), []).append(i)
-    parts = [forward(model, [images[i] for i in group]) for group in groups.values()]
-    order = [i for group in groups.values() for i in group]
-    back = sorted(range(len(order)), key=order.__getitem__)
-    merged = {}
-    for name in parts[0]:
-        summaries = torch.cat([part[name][0] for part in parts])
-        features = [one for part in parts for one in part[name][1]]
-        merged[name] = (summaries[back], [features[i] for i in back])
-    return merged
+        blank = padded(model, len(x), math.prod(model.model.grid(x)), budget) - len(x)
+        result = model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, blank)) if blank else x)
+        if blank:
+            result = map_tensors(lambda t: t[: len(images)], result)
+    return result if isinstance(result, dict) else {"backbone": result}
 
 
 def same_dtype(pixels: Sequence[Tensor]) -> list[Tensor]:
@@ -86,7 +74,7 @@ def same_dtype(pixels: Sequence[Tensor]) -> list[Tensor]:
     return [image if image.is_floating_point() else image.float() / 255 for image in pixels]
 
 
-def split(outputs: dict[str, tuple[Tensor, Sequence[Tensor]]], images: int, wanted: Sequence[bool]) -> list[Outputs]:
+def split(outputs: Several, images: int, wanted: Sequence[bool]) -> list[Outputs]:
     """Each image's own outputs, in memory of their own: a batch lives no longer than it has to."""
     for name, (summaries, features) in outputs.items():
         if len(summaries) != images or len(features) != images:
@@ -108,10 +96,10 @@ class OnCPU:
     def __init__(self, model: RADIOModel):
         self.model = model
 
-    def start(self, pixels: Sequence[Tensor], wanted: Sequence[bool]) -> Finish:
+    def start(self, pixels: Sequence[Tensor], wanted: Sequence[bool], budget: int) -> Finish:
         """Compute images (3, h_i, w_i); what is returned waits for their outputs, on the CPU, features where wanted."""
         with torch.inference_mode():
-            outputs = forward(self.model, same_dtype(pixels))
+            outputs = forward(self.model, same_dtype(pixels), budget)
         return lambda: split(outputs, len(pixels), wanted)
 
 
@@ -130,7 +118,7 @@ class OnGPU:
         self.uploads, self.computing = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.computing.wait_stream(torch.cuda.current_stream(self.device))  # whoever made the weights
 
-    def start(self, pixels: Sequence[Tensor], wanted: Sequence[bool]) -> Finish:
+    def start(self, pixels: Sequence[Tensor], wanted: Sequence[bool], budget: int) -> Finish:
         """As `OnCPU.start`, but returns before the GPU has done the work."""
         pixels = same_dtype(pixels)
         flat = torch.empty(sum(image.numel() for image in pixels), dtype=pixels[0].dtype, pin_memory=True)
@@ -150,7 +138,7 @@ class OnGPU:
                         _to_host(summaries),
                         [_to_host(one) if keep else one for one, keep in zip(features, wanted, strict=True)],
                     )
-                    for name, (summaries, features) in forward(self.model, images).items()
+                    for name, (summaries, features) in forward(self.model, images, budget).items()
                 }
                 done = torch.cuda.Event()
                 done.record()

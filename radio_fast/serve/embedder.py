@@ -18,10 +18,9 @@ from radio_fast.export import legal_size
 from radio_fast.graphs.cache import MAX_ROWS
 from radio_fast.images import ImageError
 from radio_fast.model import RADIOModel
-from radio_fast.serve import engine as engine_module
 from radio_fast.serve.compute import OnCPU, OnGPU, batch_sizes, forward, grid
 from radio_fast.serve.decode import hold, read_pixels
-from radio_fast.serve.engine import Engine, Item
+from radio_fast.serve.engine import Engine
 from radio_fast.serve.metrics import Metrics
 from radio_fast.serve.types import EmbedderClosed, Embedding
 
@@ -113,6 +112,8 @@ class Embedder:
         if not isinstance(max_wait_ms, (int, float)) or not 0 <= max_wait_ms < math.inf:
             raise ValueError(f"max_wait_ms must be a number of milliseconds from 0 on, got {max_wait_ms!r}")
         self._max_pixels = max_pixels
+        # What embed_many has under way: two batches for the model, and two images for each worker.
+        self._window = min(max_queue, 2 * workers + 2 * -(-max_tokens // tokens))
         self._engine = Engine(
             (OnGPU if on_gpu else OnCPU)(model),
             partial(read_pixels, max_pixels=max_pixels),
@@ -122,8 +123,6 @@ class Embedder:
             max_wait_ms / 1000,
             workers,
         )
-        # What embed_many has under way: two batches for the model, and an image or two for each worker.
-        self._window = min(max_queue, 2 * workers + 2 * -(-max_tokens // tokens))
         self._finalizer = weakref.finalize(self, self._engine.close, drain=True, wait=False)
         self._finalizer.atexit = False
 
@@ -187,7 +186,6 @@ class Embedder:
     def _submit(
         self, image: Any, deadline: float | None, features: bool, resolution: ResolutionLike, wait: bool = False
     ) -> Future[Embedding]:
-        now = engine_module.clock()
         try:
             if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline < math.inf):
                 raise ValueError(f"deadline must be a number of seconds above 0, or None, got {deadline!r}")
@@ -198,9 +196,7 @@ class Embedder:
         except ValueError:
             self.metrics.reject("invalid")
             raise
-        item = Item(source, size_of, bool(features), now, math.inf if deadline is None else now + deadline)
-        self._engine.submit(item, wait)
-        return item.future
+        return self._engine.submit(source, size_of, bool(features), deadline, wait)
 
     async def embed(
         self, image: Any, *, deadline: float | None = None, features: bool = False, resolution: ResolutionLike = None
@@ -276,13 +272,12 @@ class Embedder:
         """Run the model on blank images: once, or on a GPU in every number that batches of the usual size will have,
         so that kernels are chosen and CUDA graphs captured before the first image comes.
         """
-        device, tokens = self.model.model.device, self._tokens(*self._usual)
-        most = max(self.max_tokens // tokens, 1) if device.type == "cuda" else 1
+        device, tokens, budget = self.model.model.device, self._tokens(*self._usual), self.max_tokens
         blank = torch.zeros(3, *self._usual, dtype=torch.uint8, device=device)
         with torch.inference_mode():
-            for size in batch_sizes(self.model, most, tokens):
+            for size in batch_sizes(self.model, tokens, budget) if device.type == "cuda" else [1]:
                 for _ in range(2):  # a shape's second call is captured
-                    forward(self.model, [blank] * size)
+                    forward(self.model, [blank] * size, budget)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more images, and return when all are done and the threads gone; as often as one likes.
@@ -298,7 +293,7 @@ class Embedder:
     def __enter__(self) -> Embedder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
 
     def __repr__(self) -> str:

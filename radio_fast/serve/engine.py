@@ -1,7 +1,7 @@
 """The queues and threads behind `Embedder`.
 
-Images wait to be decoded, are decoded by worker threads, wait in the batcher, and are computed by one more thread. A
-future is resolved by whoever takes its item out of `_items`, outside the lock: exactly once, whatever happens.
+Images wait to be decoded, are decoded by worker threads, wait in the batcher, and are computed by one more thread.
+`_items` has all that are not done; futures are resolved outside the lock, as their callbacks are other people's code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import math
 import threading
 import time
-import traceback
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from radio_fast.images import ImageError, ImageTooLarge
 from radio_fast.serve.batcher import Batcher
-from radio_fast.serve.compute import Finish, OnCPU, OnGPU, Outputs, out_of_memory
+from radio_fast.serve.compute import OnCPU, OnGPU, Outputs, out_of_memory
+from radio_fast.serve.items import Batch, Item, freed
 from radio_fast.serve.metrics import Metrics
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding, QueueFull, Timings
 
@@ -35,18 +35,9 @@ SHORTEST_RETRY, LONGEST_RETRY = 0.05, 30.0  # seconds
 AT_EXIT = 5.0  # seconds that an interpreter waits for the batch under way
 
 
-class Item:
-    """An image on its way."""
-
-    __slots__ = ("deadline", "decoded", "features", "future", "pixels", "size_of", "source", "submitted", "tokens")
-
-    def __init__(self, source: Any, size_of: Callable, features: bool, submitted: float, deadline: float):
-        self.future: Future[Embedding] = Future()
-        self.source, self.size_of, self.features = source, size_of, features
-        self.submitted, self.deadline = submitted, deadline
-        self.pixels: Tensor | None = None
-        self.decoded = submitted
-        self.tokens = 0
+def _forget_cancelled(engine: weakref.ref[Engine], future: Future) -> None:
+    if future.cancelled() and (found := engine()) is not None:
+        found.forget(future)
 
 
 class _Hand:
@@ -55,37 +46,9 @@ class _Hand:
     item: Item | None = None
 
 
-class _Batch:
-    """Images given to the model, and what it takes to get their outputs."""
-
-    def __init__(self, items: list[Item], began: float, finish: Finish | None, error: BaseException | None):
-        self.items, self.began, self.finish, self.error = items, began, finish, error
-        self.tokens = sum(item.tokens for item in items)
-
-
-def _forget_cancelled(engine: weakref.ref[Engine], future: Future) -> None:
-    if future.cancelled() and (found := engine()) is not None:
-        found.forget(future)
-
-
-def freed(error: BaseException) -> BaseException:
-    """`error`, just caught, without the catching frame and without what the variables of the others hold: a batch, all
-    the activations, and by way of a future the error itself.
-    """
-    if error.__traceback__ is not None:
-        error.__traceback__ = error.__traceback__.tb_next
-    seen: set[int] = set()
-    part: BaseException | None = error
-    while part is not None and id(part) not in seen:
-        seen.add(id(part))
-        traceback.clear_frames(part.__traceback__)
-        part = part.__cause__ or part.__context__
-    return error
-
-
 class Engine:
-    """Futures in, futures resolved. `read(source, size_of)` gives pixels, `tokens_of(height, width)` what they count,
-    `grid_of` their rows and columns.
+    """Runs what `Embedder` promises. `read(source, size_of)` gives an image's pixels, `grid_of(height, width)` the rows
+    and columns of features that the model makes of them.
     """
 
     def __init__(
@@ -137,58 +100,61 @@ class Engine:
                 retry_after = min(max(waiting * self._pace, SHORTEST_RETRY), LONGEST_RETRY)
                 raise QueueFull(f"{waiting} images are waiting, as many as may", retry_after)
 
-    def submit(self, item: Item, wait: bool = False) -> None:
-        """Accept an item; with `wait`, once there is room. Raises EmbedderClosed, QueueFull."""
-        item.future.add_done_callback(self._cancelled)
+    def submit(
+        self, source: Any, size_of: Callable, features: bool, deadline: float | None, wait: bool = False
+    ) -> Future[Embedding]:
+        """Accept an image; with `wait`, once there is room. Raises EmbedderClosed, QueueFull."""
         with self._lock:
             while wait and not self.closed and len(self._items) >= self.max_queue:
                 self._room.wait()
             self.check_room()
+            item = Item(source, size_of, features, clock(), deadline)
+            item.future.add_done_callback(self._cancelled)
             self.metrics.accept()
             self._items[item.future] = self._undecoded[item.future] = item
             self._work.notify()
+            return item.future
 
     def forget(self, future: Future) -> None:
         """The caller has cancelled it."""
-        if self._take_out(future) is not None:
-            self.metrics.cancel()
+        self._take_out(future)
+        self.metrics.cancel()
 
     # -- the end of an item -----------------------------------------------------------------------------------------
 
-    def _take_out(self, future: Future) -> Item | None:
-        """Whoever gets the item here resolves its future; None: another one does."""
+    def _take_out(self, future: Future) -> bool:
+        """Free an item's place; whether it had one: not if another thread was faster."""
         with self._lock:
             item = self._items.pop(future, None)
-            if item is not None:
-                self._undecoded.pop(future, None)
-                if self._batcher.discard(item):
-                    self._work.notify_all()
-                self._room.notify_all()
-                if self.closed and not self._items:
-                    self._work.notify_all()
-                    self._ready.notify_all()
-            return item
+            if item is None:
+                return False
+            self._undecoded.pop(future, None)
+            if self._batcher.discard(item):
+                self._work.notify_all()
+            self._room.notify_all()
+            if self.closed and not self._items:
+                self._wake()
+            return True
 
     def _complete(self, item: Item, result: Embedding) -> None:
-        if self._take_out(item.future) is not None:
+        if self._take_out(item.future):
             self.metrics.complete(result.timings)
-            self._settle(item, item.future.set_result, result)
+        self._settle(item.future.set_result, result)
 
     def _fail(self, item: Item, kind: str, error: BaseException) -> None:
         """`kind`: as in `Snapshot.failed`."""
-        if self._take_out(item.future) is not None:
+        if self._take_out(item.future):
             self.metrics.fail(kind)
-            if not isinstance(error, Exception):  # result() would end its caller's thread with a SystemExit
-                cause, error = error, RuntimeError(f"the embedder was hit by {type(error).__name__}: {error}")
-                error.__cause__ = cause
-            self._settle(item, item.future.set_exception, error)
+        if not isinstance(error, Exception):  # result() would end its caller's thread with a SystemExit
+            cause, error = error, RuntimeError(f"the embedder was hit by {type(error).__name__}: {error}")
+            error.__cause__ = cause
+        self._settle(item.future.set_exception, error)
 
-    def _settle(self, item: Item, settle: Callable, value: Embedding | BaseException) -> None:
-        item.source = item.pixels = None
+    def _settle(self, settle: Callable, value: Embedding | BaseException) -> None:
         try:
             settle(value)
         except InvalidStateError:
-            pass  # cancelled at this very moment
+            pass  # another thread was faster, or a cancel()
         except BaseException:  # concurrent.futures logs a callback's Exception itself
             log.exception("a callback of an image's future failed")
 
@@ -243,26 +209,37 @@ class Engine:
     # -- computing --------------------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
-        under_way: deque[_Batch] = deque()
+        under_way: deque[Batch] = deque()
         try:
-            while True:
-                items = self._next_batch(wait=not under_way)
-                if items:
-                    under_way.append(self._start(items))
-                elif not under_way:
-                    return
-                if not items or len(under_way) >= self._runner.depth:
-                    self._finish(under_way.popleft())
-        except BaseException as error:  # a fault of this file, or one injected into the thread
+            while self._compute_next(under_way):
+                pass
+        except BaseException as error:  # a fault of this file, or an exception injected into the thread
             log.exception("the embedder's model thread failed")
-            self.close(drain=False, wait=False)
             cause = freed(error)
-            for item in [*self._items.values()]:
+            with self._lock:
+                self.closed = True
+                self._wake()
+                lost = [*(item for batch in under_way for item in batch.items), *self._items.values()]
+            for item in lost:
                 failed = RuntimeError(f"the embedder's model thread failed: {type(cause).__name__}: {cause}")
                 failed.__cause__ = cause
                 self._fail(item, "internal", failed)
         finally:
             atexit.unregister(self._at_exit)
+
+    def _compute_next(self, under_way: deque[Batch]) -> bool:
+        """Start a batch, finish one, or both, so that `depth` are under way while there is enough to do; False at the
+        end.
+        """
+        items = self._next_batch(wait=not under_way)
+        if items:
+            under_way.append(self._start(items))
+        elif not under_way:
+            return False
+        if not items or len(under_way) >= self._runner.depth:
+            self._finish(under_way[0])
+            under_way.popleft()
+        return True
 
     def _next_batch(self, wait: bool) -> list[Item]:
         """Images to run now, still wanted. Empty: none yet (`wait` False), or none ever."""
@@ -282,18 +259,17 @@ class Engine:
             if items:
                 return items
 
-    def _start(self, items: list[Item]) -> _Batch:
-        began = clock()
-        finish = failed = None
-        try:
-            finish = self._runner.start([item.pixels for item in items], [item.features for item in items])
-        except BaseException as error:
-            failed = freed(error)
-        batch = _Batch(items, began, finish, failed)
+    def _start(self, items: list[Item]) -> Batch:
+        batch = Batch(items, clock())
         self.metrics.begin(len(items), batch.tokens)
+        pixels, features = [item.pixels for item in items], [item.features for item in items]
+        try:
+            batch.finish = self._runner.start(pixels, features, self._batcher.budget)
+        except BaseException as error:
+            batch.error = freed(error)
         return batch
 
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: Batch) -> None:
         outputs, error = None, batch.error
         if error is None:
             try:
@@ -332,11 +308,9 @@ class Engine:
         """Halve the budget for good; these items in parts that keep it."""
         tokens = sum(item.tokens for item in items)
         with self._lock:
-            before = self._batcher.budget
-            budget = self._batcher.budget = max(min(before, tokens) // 2, 1)
-        if not self.metrics.snapshot().out_of_memory:
-            log.warning("%d tokens do not fit into memory, batches get %d: %s", tokens, budget, error)
-        self.metrics.halve(budget)
+            budget = self._batcher.budget = max(min(self._batcher.budget, tokens) // 2, 1)
+        if self.metrics.halve(budget) == 1:
+            log.warning("%d tokens don't fit into memory, batches get %d from now on: %s", tokens, budget, error)
         parts: list[list[Item]] = []
         room = 0
         for item in items:

@@ -133,11 +133,12 @@ class Metrics:
         with self._lock:
             self._in_flight -= tokens
 
-    def halve(self, token_budget: int) -> None:
-        """A batch did not fit into memory."""
+    def halve(self, token_budget: int) -> int:
+        """A batch did not fit into memory; how often that has been so."""
         with self._lock:
             self._counts["out_of_memory"] += 1
             self._budget = token_budget
+            return self._counts["out_of_memory"]
 
     def _count(self, name: str) -> None:
         with self._lock:
