@@ -54,7 +54,7 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: the address is not this machine's, or taken.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         raise ValueError(f"can't listen on {host} port {port}: {error.strerror or error}") from error

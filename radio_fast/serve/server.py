@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import python_multipart  # noqa: F401 (Starlette would miss it at the first request)
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
-import python_multipart  # noqa: F401 (Starlette would miss it at the first request)
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -200,7 +200,6 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
     @app.get("/v1/models", tags=["embeddings"], dependencies=guarded, responses=_errors(401, 503))
     async def models() -> ModelList:
         """The names that `model` may have."""
-        service.embedder  # noqa: B018 (503 until it is there)
         names = [service.name_of(output) for output in service.outputs]
         return ModelList(
             object="list",
@@ -216,7 +215,6 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
     )
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Summaries of images, in OpenAI's form."""
-        embedder = service.embedder
         by_name = {service.name_of(output): output for output in service.outputs}
         if body.model not in by_name:
             raise ApiError(
@@ -230,9 +228,7 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         width = results[0].outputs[output].summary.shape[-1]
         if body.dimensions not in (None, width):
             raise ApiError(400, "invalid_value", f"dimensions must be {width}", param="dimensions")
-        content = await asyncio.to_thread(
-            embedding_list, results, output, body.model, body.encoding_format == "base64"
-        )
+        content = await asyncio.to_thread(embedding_list, results, output, body.model, body.encoding_format == "base64")
         return Response(content, media_type="application/json", headers={"Server-Timing": timing_of(results)})
 
     @app.post(
@@ -248,11 +244,14 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         request: Request,
         output: Literal["summary", "features", "both"] = "summary",
         adaptor: Annotated[
-            list[str] | None, Query(description="'backbone' or adaptors' names; the backbone by default.", max_length=16)
+            list[str] | None,
+            Query(description="'backbone' or adaptors' names; the backbone by default.", max_length=16),
         ] = None,
         format: Annotated[
             Literal["json", "safetensors", "npy"] | None,
-            Query(description="json, of summaries alone, is their default; safetensors that of features. npy: one array."),
+            Query(
+                description="json, of summaries alone, is their default; safetensors that of features. npy: one array."
+            ),
         ] = None,
         resolution: Annotated[
             str | None,

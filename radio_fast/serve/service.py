@@ -77,6 +77,7 @@ class Service:
 
     @property
     def outputs(self) -> tuple[str, ...]:
+        """Their names; raises as `embedder`."""
         return "backbone", *self.embedder.model.adaptors
 
     def name_of(self, output: str) -> str:
@@ -101,7 +102,7 @@ class Service:
         features: bool = False,
         resolution: tuple[int, int] | None = None,
     ) -> list[Embedding]:
-        """All of the images, or the first failure's ApiError, with the others taken back; so too when the client goes."""
+        """All of the images; ApiError for the first that fails and for a client that goes, the rest is then taken back."""
         embedder, seconds = self.embedder, deadline or self.deadline
         if len(images) > embedder.max_queue:
             raise ApiError(413, "too_many_images", f"this server holds {embedder.max_queue} images at a time")

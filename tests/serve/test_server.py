@@ -107,7 +107,7 @@ IMAGE = b64(picture())
         ({"input": {"image": IMAGE}, "model": "tiny"}, 400, "invalid_value", "input"),
         ({"input": None, "model": "tiny"}, 400, "invalid_value", "input"),
         ({"model": "tiny"}, 400, "invalid_value", "input: Field required"),
-        ({"input": [IMAGE, "http://127.0.0.1/a.png"], "model": "tiny"}, 400, "url_not_fetched", "input[1]: URLs are not"),
+        ({"input": [IMAGE, "http://127.0.0.1/a.png"], "model": "tiny"}, 400, "url_not_fetched", "input[1]: URLs are"),
         ({"input": "file:///etc/passwd", "model": "tiny"}, 400, "url_not_fetched", "not fetched"),
         ({"input": "a photo of a cat!", "model": "tiny"}, 400, "invalid_image", "no data URI and no base64"),
         ({"input": "ümlaut", "model": "tiny"}, 400, "invalid_image", "base64"),
@@ -236,7 +236,12 @@ def bomb(side: int) -> bytes:
         (picture()[:-40], 415, "not_an_image"),
         (picture(height=1001, width=1001), 413, "image_too_large"),
         (bomb(50_000), 413, "image_too_large"),
-        (b"GIF89a" + struct.pack("<HHBBB6sBHHHHBBBB", *2 * [65535], 128, 0, 0, b"", 44, 0, 0, *2 * [65535], 0, 8, 0, 59), 413, "image_too_large"),
+        (
+            b"GIF89a"
+            + struct.pack("<HHBBB6sBHHHHBBBB", *2 * [65535], 128, 0, 0, b"", 44, 0, 0, *2 * [65535], 0, 8, 0, 59),
+            413,
+            "image_too_large",
+        ),
     ],
     ids=["empty", "gif", "svg", "eps", "truncated", "large", "png-bomb", "gif-bomb"],
 )
@@ -316,7 +321,7 @@ def test_a_body_too_large_is_refused_before_it_is_there(server):
 
 def test_a_body_of_the_limit_is_taken(client):
     image = picture()
-    content = b"--X\r\nContent-Disposition: form-data; name=\"images\"; filename=\"a\"\r\n\r\n" + image
+    content = b'--X\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + image
     content += bytes(2**20 - len(content) - len(b"\r\n--X--\r\n")) + b"\r\n--X--\r\n"
     assert len(content) == 2**20
     headers = {"Content-Type": "multipart/form-data; boundary=X"}
@@ -326,7 +331,8 @@ def test_a_body_of_the_limit_is_taken(client):
 
 def test_a_body_that_does_not_arrive(server, monkeypatch):
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
-    status, _, body = raw(server.port, "POST /embed HTTP/1.1\nHost: x\nContent-Type: multipart/form-data; boundary=X\nContent-Length: 9", b"--X")  # fmt: skip
+    head = "POST /embed HTTP/1.1\nHost: x\nContent-Type: multipart/form-data; boundary=X\nContent-Length: 9"
+    status, _, body = raw(server.port, head, b"--X")
     assert status == 408 and json.loads(body)["error"]["code"] == "body_timeout"
     assert server.app.state.service.requests == 0
 
@@ -334,7 +340,9 @@ def test_a_body_that_does_not_arrive(server, monkeypatch):
 def test_all_bodies_together_are_limited():
     embedder = Scripted()
     with serving(embedder, max_body_bytes=1000) as running:
-        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        head = (
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        )
         open_ones = [socket.create_connection(("127.0.0.1", running.port), timeout=30) for _ in range(8)]
         for connection in open_ones:
             connection.sendall(head + b" " * 999)
@@ -384,12 +392,16 @@ def test_failures_of_the_embedder(error, status, code, retry_after, raised):
     if raised and isinstance(error, ValueError) and not isinstance(error, ImageError):
         status, code = 400, "invalid_value"  # submit's own, of its arguments
     embedder = Scripted(script)
+    two = {
+        "/embed": {"files": files(b"1", b"2")},
+        "/v1/embeddings": {"json": {"input": ["AA==", "AA=="], "model": "tiny"}},
+    }
     with serving(embedder) as running:
-        for path, body in (("/embed", {"files": files(b"1", b"2")}), ("/v1/embeddings", {"json": {"input": ["AA==", "AA=="], "model": "tiny"}})):  # fmt: skip
+        for path, body in two.items():
             answer = httpx.post(running.url + path, **body)
             assert (answer.status_code, error_of(answer)["code"]) == (status, code)
             assert answer.headers.get("retry-after") == retry_after
-            assert "secret" not in answer.text or raised and code == "invalid_value"
+            assert "secret" not in answer.text or (raised and code == "invalid_value")
             until(embedder.futures[0].cancelled)
             embedder.futures.clear()
 
@@ -446,8 +458,11 @@ def test_many_clients_at_once_each_get_their_own(server, embedder):
         image = images[number % 16]
         body = part("images", image) + b"--X--\r\n"
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-            head = f"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\nContent-Length: {len(body)}\r\n\r\n"  # fmt: skip
-            connection.sendall(head.encode() + body[: len(body) // 2 if number % 6 == 0 else None])
+            head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+            connection.sendall(
+                f"{head}Content-Length: {len(body)}\r\n\r\n".encode()
+                + body[: len(body) // 2 if number % 6 == 0 else None]
+            )
             if number % 3 == 0:
                 return
             answer = http.client.HTTPResponse(connection)
@@ -546,7 +561,8 @@ def test_only_an_embedder_made_here_is_closed_here():
 
 @pytest.mark.parametrize("key", ["secret", "gehé️im "])
 def test_a_key(key):
-    with serving(Scripted(lambda number: result()), api_key=key) as running, httpx.Client(base_url=running.url) as client:  # fmt: skip
+    embedder = Scripted(lambda number: result())
+    with serving(embedder, api_key=key) as running, httpx.Client(base_url=running.url) as client:
         for path in ("/health/live", "/health/ready", "/", "/page.js", "/page.css", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200, path
         right = b"Bearer " + key.strip().encode()
