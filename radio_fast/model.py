@@ -307,8 +307,8 @@ class RADIOModel(nn.Module):
             return in_groups(images, lambda x: self._eager(x, feature_fmt)[1])
         if foreign:
             images, conditioner = [conditioner(to_float(image).unsqueeze(0))[0] for image in images], None
-        patches = cut(images, p) if image_grid_hw is None else images.unflatten(1, (3, p, p))
         packing = pack(grids, self.model.num_prefix, self.model.device, self.window_size)
+        patches = cut(images, p) if image_grid_hw is None else images.unflatten(1, (3, p, p))
         tokens = self._compute(patches, lambda dtype: self.model(patches, conditioner, dtype, packing))
         return packed_outputs(self, tokens[0], packing, feature_fmt)
 
