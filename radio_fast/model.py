@@ -282,8 +282,8 @@ class RADIOModel(nn.Module):
             feature_fmt: "NLC": each image's features (T, D); "NCHW": (D, H/p, W/p).
 
         Returns:
-            `PackedOutput(summary, features)`: (B, S·D), and a tuple of B tensors; with adaptors a dict of them, as in
-            `forward`.
+            `PackedOutput(summary, features)`: (B, S·D), and a tuple of B tensors, parts of one; with adaptors a dict of
+            them, as in `forward`.
 
         Raises:
             ValueError: no image; one of a wrong rank, dtype, device or size, named by its number; grids that don't fit.

@@ -21,10 +21,9 @@ class Segments(NamedTuple):
     def apart(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`run`, which takes batches (B, N, D), on the images of x (1, tokens, D), neighbours of one length at once."""
         runs = [(N, len([*same])) for N, same in groupby(self.lengths)]
-        parts = zip(x[0].split([N * images for N, images in runs]), runs, strict=True)
-        return torch.cat([run(part.unflatten(0, (images, N))).flatten(0, 1) for part, (N, images) in parts]).unsqueeze(
-            0
-        )
+        parts = x.split([N * images for N, images in runs], dim=1)
+        batches = (part[0].unflatten(0, (images, N)) for part, (N, images) in zip(parts, runs, strict=True))
+        return torch.cat([run(batch).flatten(0, 1) for batch in batches]).unsqueeze(0)
 
 
 @dataclass(frozen=True)
