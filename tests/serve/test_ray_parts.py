@@ -1,0 +1,226 @@
+"""Jobs on Ray without a Ray: what is read, what is written, what is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import radio_fast
+from radio_fast.images import read_image, to_tensor
+from radio_fast.serve.types import QueueFull
+from tests.conftest import golden_source
+from tests.numerics import assert_relative
+from tests.serve.jobs import OPTIONS, SIDE, VERSION, expected, fill, leftovers, picture, table_of
+
+pytest.importorskip("ray", reason="pip install radio_fast[ray]")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data.extensions import ArrowTensorArray
+
+from radio_fast.serve import shards
+from radio_fast.serve.ray import EmbedImages, _EmbedFiles, embed_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_images_of_every_kind_and_adaptors_features(tmp_path):
+    source = golden_source("hf_vit_h16_adaptors")
+    model = radio_fast.load(source)
+    stage = EmbedImages(source, column="x", keep=["id"], features=True, embedder={"resolution": (32, 48)})
+    (tmp_path / "0.png").write_bytes(picture(0))
+    pixels = np.asarray(read_image(picture(2)))
+    tensors = ArrowTensorArray.from_numpy(pixels[None])
+    for images, sources in (
+        (pa.array([picture(0), picture(2), None]), [picture(0), picture(2), None]),
+        (pa.array([b"damaged", picture(2)], pa.large_binary()), [None, picture(2)]),
+        (pa.array([{"bytes": picture(0)}, None], pa.struct([("bytes", pa.binary())])), [picture(0), None]),
+        (pa.array([str(tmp_path / "0.png"), None, str(tmp_path / "none.png")]), [picture(0), None, None]),
+        (tensors, [picture(2)]),
+    ):
+        table = stage(pa.table({"id": range(len(images)), "other": range(len(images)), "x": images}))
+        assert table.column_names == [
+            "id", "summary", "features",
+            *(f"{name}_{part}" for name in model.adaptors for part in ("summary", "features")),
+            "height", "width", "grid_height", "grid_width", "error",
+        ]  # fmt: skip
+        for i, (row, image) in enumerate(zip(table.to_pylist(), sources, strict=True)):
+            assert row["id"] == i
+            if image is None:
+                assert {key for key, value in row.items() if value is not None} == {"id", "error"}
+                continue
+            assert row["error"] is None
+            assert (row["height"], row["width"], row["grid_height"], row["grid_width"]) == (32, 48, 2, 3)
+            truth = model(to_tensor(read_image(image), 32, 48)[None])
+            assert len(truth) == 3
+            for name, output in truth.items():
+                prefix = "" if name == "backbone" else f"{name}_"
+                assert_relative(torch.tensor(row[f"{prefix}summary"]), output.summary[0])
+                assert_relative(torch.tensor(row[f"{prefix}features"]), output.features[0])
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return _EmbedFiles(VERSION, **OPTIONS)
+
+
+def test_a_stage_refuses_what_it_cannot_take(stage):
+    with pytest.raises(ValueError, match=r"a column 'width' already: choose what to keep of them with keep=\[…\]"):
+        EmbedImages.__call__(stage, pa.table({"image": [picture(0)], "width": [1]}))
+    with pytest.raises(ValueError, match='batch_format="pyarrow"'):
+        EmbedImages.__call__(stage, {"image": np.array([picture(0)], object)})
+    empty = EmbedImages.__call__(stage, pa.table({"image": pa.array([], pa.binary())}))
+    assert empty.num_rows == 0 and "summary" in empty.column_names
+
+
+def test_what_is_no_fault_of_the_image_is_no_row(stage):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stage._table(pa.table({"id": [1]}), [RuntimeError("out of memory")])
+
+
+def test_names_that_are_no_unicode(stage, tmp_path):
+    images, output = tmp_path / "images", tmp_path / "output"
+    images.mkdir()
+    with open(os.fsencode(images) + b"/\xff.png", "wb") as file:
+        file.write(picture(1))
+    with open(os.fsencode(images) + b"/\xfe.png", "wb") as file:
+        file.write(b"damaged")
+    with shards.job(output, {}):
+        found = [shards.find_shards(images, output, "image", None, 10) for _ in range(2)]
+        assert found[0] == found[1] and [shard.rows for shard in found[0]] == [2]
+        done = stage(pa.Table.from_pylist([found[0][0]._asdict()]))
+        assert shards.finished(found[0][0])
+    assert done.to_pylist() == [{"source": found[0][0].source, "images": 2, "failed": 1, "error": None}]
+    bad, good = pq.read_table(output / "000000.parquet").to_pylist()
+    assert bad["path"] == "\\udcfe.png" and "\\udcfe.png" in bad["error"]
+    assert_relative(torch.tensor(good["summary"]), expected(radio_fast.load(VERSION), picture(1)).summary[0])
+
+
+def shard_of(tmp_path: Path, rows: int = 2) -> shards.Shard:
+    return shards.Shard(str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet"), None, rows)
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    shard, table = shard_of(tmp_path), pa.table({"x": [1]})
+
+    def tables(count):
+        for _ in range(count):
+            assert not Path(shard.output).exists() and len(leftovers(tmp_path)) == 1
+            yield table
+        if count == 0:
+            yield table
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write(shard, tables(0))
+    with pytest.raises(OSError, match="has 3 images, and had 2 when the job began"):
+        shards.write(shard, tables(3))
+    assert list(tmp_path.iterdir()) == [] and not shards.finished(shard)
+    monkeypatch.setattr(shards, "ROW_GROUP", 1)
+    shards.write(shard, tables(2))
+    assert pq.read_table(shard.output)["x"].to_pylist() == [1, 1]
+    assert shards.finished(shard) and not shards.finished(shard._replace(rows=3))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_a_file_that_kills_its_workers_is_given_up(tmp_path):
+    for i in range(shards.MAX_ATTEMPTS):
+        (tmp_path / f".out.parquet.{i}.part").touch()
+    with pytest.raises(OSError, match=f"{shards.MAX_ATTEMPTS} workers have died on it"):
+        shards.write(shard_of(tmp_path), iter([]))
+
+
+def test_a_folder_is_one_jobs_alone(tmp_path):
+    output = tmp_path / "output"
+    with shards.job(output, {"dtype": torch.float16, "keep": ("a",)}):
+        (output / ".old.parquet.0.part").touch()
+        with pytest.raises(ValueError, match="another job is writing into"), shards.job(output, {}):
+            pass
+    assert not leftovers(output)
+    (output / ".old.parquet.0.part").touch()
+    with shards.job(output, {"dtype": torch.float16, "keep": ["a"]}):
+        assert not leftovers(output)
+    with (
+        pytest.raises(ValueError, match=r"\(dtype: 'torch.float16' there, None here; version: None there, 'b' here\)"),
+        shards.job(output, {"version": "b", "keep": ["a"]}),
+    ):
+        pass
+    (output / "_job.json").unlink()
+    (output / "other.txt").touch()
+    with pytest.raises(ValueError, match="holds files of something else"), shards.job(output, {}):
+        pass
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"source": "s3://bucket/images"}, "source must be a path on a file system that all machines share"),
+        ({"output": "gs://bucket/out"}, "output must be a path on a file system that all machines share"),
+        ({"source": "missing"}, "missing does not exist"),
+        ({"source": "empty"}, "holds neither images nor Parquet files"),
+        ({"source": "tables", "output": "tables/out"}, "is inside of the source"),
+        ({"source": "text"}, r"a\.parquet can't be read as Parquet"),
+        ({"source": "tables", "column": "picture"}, r"b\.parquet has no column 'picture', but 'id', 'image'"),
+        ({"source": "tables", "keep": ["name"]}, "has no column 'name'"),
+        ({"source": "tables/b.parquet", "column": "id"}, "must be binary, or a struct with a field 'bytes', not int64"),
+        ({"images_per_file": 0}, "images_per_file must be at least 1, got 0"),
+        ({"actors": 0}, "actors must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "tables", "text"):
+        Path(name).mkdir()
+    Path("text/a.parquet").write_text("no Parquet")
+    pq.write_table(table_of([picture(0)]), "tables/b.parquet")
+    with pytest.raises(ValueError, match=message):
+        embed_dataset(**{"source": "tables", "output": "out", "version": VERSION} | arguments)
+    assert not list(tmp_path.rglob("out/*.parquet"))
+
+
+def test_other_settings_are_refused_and_other_machines_are_not(monkeypatch, tmp_path):
+    fill(tmp_path / "images", 2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shards, "finished", lambda shard: True)  # nothing to do: no cluster is asked
+
+    def again(**arguments):
+        return embed_dataset(**{"source": "images", "output": "out", "version": VERSION, **OPTIONS} | arguments)
+
+    assert again().skipped == 1
+    assert again(device="cuda", token="secret", actors=7, embedder={"resolution": SIDE, "workers": 3}).skipped == 1
+    assert "secret" not in Path("out/_job.json").read_text()
+    with pytest.raises(ValueError, match=r"begun with other settings \(resolution: 32 there, 64 here\)"):
+        again(embedder={"resolution": 64})
+    with pytest.raises(ValueError, match=r"\(dtype: None there, 'float16' here; features: False there, True here\)"):
+        again(dtype="float16", features=True)
+
+
+def test_ray_is_needed_for_this_alone_and_not_started():
+    code = """
+import sys
+import radio_fast
+assert "ray" not in sys.modules and "pyarrow" not in sys.modules
+sys.modules["ray"] = None
+try:
+    import radio_fast.serve.ray
+except ImportError as error:
+    assert "pip install 'radio_fast[ray]'" in str(error), error
+else:
+    raise AssertionError
+del sys.modules["ray"]
+import radio_fast.serve.ray
+assert not radio_fast.serve.ray.ray.is_initialized() and "ray.serve" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def test_refusals_travel_between_machines():
+    full = pickle.loads(pickle.dumps(QueueFull("full", 2.5)))
+    assert (str(full), full.retry_after) == ("full", 2.5)
