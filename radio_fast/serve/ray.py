@@ -6,6 +6,7 @@ that says where, and with what.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -294,6 +295,7 @@ class _Replica:
         self.embedder = _load_embedder(version, options, load)
         row = self.embedder.model.version
         self.app_options = {"model_name": Path(version).name if row is None else row.name, **app_options}
+        self.service: Any = None  # of the app
         _Replica.current = self
 
     async def embed(
@@ -307,17 +309,24 @@ class _Replica:
         """`Embedder.embed`."""
         return await self.embedder.embed(image, deadline=deadline, features=features, resolution=resolution)
 
-    def check_health(self) -> None:
-        """Asked by Serve, which replaces the replica where this raises."""
-        if self.embedder.closed:
-            raise RuntimeError("the embedder is closed")
+    async def check_health(self) -> None:
+        """Asked by Serve: at first before any request comes, so it waits until the model is warm. Where this raises,
+        Serve replaces the replica.
+        """
+        service = self.service
+        while (reason := service.why_not_ready) is not None:
+            if service.draining or service.loaded is not None or service.failure is not None:
+                raise RuntimeError(reason) from service.failure
+            await asyncio.sleep(0.05)
 
 
 def _replica_app() -> Any:
     from radio_fast.serve.server import create_app
 
     replica = _Replica.current
-    return create_app(replica.embedder, **replica.app_options)
+    app = create_app(replica.embedder, **replica.app_options)
+    replica.service = app.state.service
+    return app
 
 
 def deployment(

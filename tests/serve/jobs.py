@@ -36,8 +36,8 @@ def fill(folder: Path, count: int) -> None:
         path.write_bytes(picture(i))
 
 
-def expected(model, image: bytes | Path):
-    return model(to_tensor(read_image(image), SIDE, SIDE)[None])
+def expected(model, image: bytes | Path, side: int = SIDE):
+    return model(to_tensor(read_image(image), side, side)[None])
 
 
 def rows_of(output: Path) -> dict[str, dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -29,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from radio_fast.serve.ray import deployment, embed_dataset
+from radio_fast.serve.ray import embed_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # of Ray's own use of itself and pydantic
@@ -75,10 +77,23 @@ def until(condition, what: str):
     return value
 
 
+def snippets(folder: Path) -> list[str]:
+    """Of the documentation, as they stand, but for a small model and a folder of ours."""
+    text = (ROOT / "docs" / "ray.md").read_text(encoding="utf-8")
+    for ours, theirs in {
+        repr(VERSION): '"radio_v2.5-b"',
+        str(folder): "/data",
+        '{"num_replicas": 1, "health_check_period_s": 0.2}': '{"num_replicas": 1}',  # a dead one is seen the sooner
+    }.items():
+        assert theirs in text
+        text = text.replace(theirs, ours)
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 # -- whole datasets ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_and_then_what_is_missing(cluster, model, tmp_path):
+def test_a_folder(cluster, model, tmp_path):
     images, output = tmp_path / "images", tmp_path / "output"
     fill(images, 60)
     (images / "b" / "broken.png").write_bytes(picture(0)[:100])
@@ -93,27 +108,6 @@ def test_a_folder_and_then_what_is_missing(cluster, model, tmp_path):
     check_rows(rows, images, model)
     schema = pq.read_schema(output / "000000.parquet")
     assert schema.field("summary").type == pa.list_(pa.float32(), model.summary_dim)
-
-    # One file lost, one cut short, one left by a worker that was killed; and more images.
-    (output / "000001.parquet").unlink()
-    cut = (output / "000003.parquet").read_bytes()
-    (output / "000003.parquet").write_bytes(cut[: len(cut) // 2])
-    (output / ".000001.parquet.0.part").write_bytes(cut)
-    before = state_of(output)
-    (images / "a" / "000 new.png").write_bytes(picture(77))
-    report = embed_dataset(str(images), str(output), Path(VERSION), images_per_file=13, device="cpu", **OPTIONS)
-    assert (report.files, report.skipped, report.images, report.failed) == (3, 3, 27, 0)
-    rows = rows_of(output)
-    assert rows.pop("b/broken.png")["error"]
-    assert len(rows) == 61 and "a/000 new.png" in rows
-    check_rows(rows, images, model)
-    after = state_of(output)
-    assert {name for name in before if before[name] == after[name]} == {f"{i:06}.parquet" for i in (0, 2, 4)}
-    assert not leftovers(output)
-
-    report = embed_dataset(images, output, VERSION, **OPTIONS)
-    assert (report.files, report.skipped, report.images) == (0, 6, 0)
-    assert state_of(output) == after
 
 
 @contextlib.contextmanager
@@ -184,19 +178,19 @@ def test_a_worker_killed_in_the_middle_of_a_file(cluster, model, tmp_path):
     assert not leftovers(output)
 
 
-def test_an_interrupted_job_keeps_what_is_finished(cluster, model, tmp_path):
+def test_an_interrupted_job_goes_on_with_what_is_missing(cluster, model, tmp_path):
     images, output = tmp_path / "images", tmp_path / "output"
-    fill(images, 20)
+    fill(images, 40)
     main = threading.main_thread().ident
+    interrupted = threading.Event()
 
     def interrupt() -> None:
-        with stuck(images / "b" / "001.png", output / "_images") as reader:
+        with stuck(images / "b" / "039.png", output / "_images") as reader:
             reader()
-            until(lambda: state_of(output), "a finished file")
+            until(lambda: len(state_of(output)) == 3, "the finished files")
             signal.pthread_kill(main, signal.SIGINT)
             interrupted.wait(PATIENCE)
 
-    interrupted = threading.Event()
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
@@ -204,11 +198,26 @@ def test_an_interrupted_job_keeps_what_is_finished(cluster, model, tmp_path):
     before = state_of(output)
     interrupted.set()
     thread.join()
-    assert before.keys() == {"000000.parquet"}
-    report = embed_dataset(images, output, VERSION, images_per_file=10, **OPTIONS)
-    assert (report.files, report.skipped, report.images) == (1, 1, 10)
-    assert state_of(output)["000000.parquet"] == before["000000.parquet"]
-    check_rows(rows_of(output), images, model)
+    assert before.keys() == {f"{i:06}.parquet" for i in range(3)} and not leftovers(output)
+
+    # One file is lost, one cut short, one left by a worker that was killed; and there is one more image.
+    (output / "000000.parquet").unlink()
+    cut = (output / "000001.parquet").read_bytes()
+    (output / "000001.parquet").write_bytes(cut[: len(cut) // 2])
+    (output / ".000000.parquet.0.part").write_bytes(cut)
+    (images / "a" / "000 new.png").write_bytes(picture(77))
+    report = embed_dataset(str(images), str(output), Path(VERSION), images_per_file=7, device="cpu", **OPTIONS)
+    assert (report.files, report.skipped, report.images, report.failed) == (4, 1, 31, 0)
+    rows = rows_of(output)
+    assert len(rows) == 41 and "a/000 new.png" in rows
+    check_rows(rows, images, model)
+    after = state_of(output)
+    assert {name for name in before if before[name] == after[name]} == {"000002.parquet"}
+    assert not leftovers(output)
+
+    report = embed_dataset(images, output, VERSION, **OPTIONS)
+    assert (report.files, report.skipped, report.images) == (0, 5, 0)
+    assert state_of(output) == after
 
 
 def test_a_damaged_file_keeps_no_other_from_being_done(cluster, model, tmp_path):
@@ -238,6 +247,22 @@ def test_a_model_that_cannot_be_loaded_ends_the_job(cluster, tmp_path):
         embed_dataset(tmp_path / "images", tmp_path / "output", VERSION, adaptor_names=["nowhere"])
 
 
+def test_snippets_of_datasets(cluster, model, tmp_path, capsys):
+    fill(tmp_path / "photos", 3)
+    dataset, stage, _ = snippets(tmp_path)
+    exec(compile(dataset, "dataset", "exec"), {})
+    assert capsys.readouterr().out.startswith("3 images in 1 files, 0 could not be read, 0 files were there")
+    exec(compile(stage, "stage", "exec"), {})
+    rows = rows_of(tmp_path / "out")
+    others = {os.path.relpath(path, tmp_path / "photos"): row for path, row in rows_of(tmp_path / "embedded").items()}
+    assert rows.keys() == others.keys()
+    for path, row in rows.items():
+        assert (row["height"], row["width"], row["error"]) == (224, 224, None)
+        truth = expected(model, tmp_path / "photos" / path, 224).summary[0]
+        assert_relative(torch.tensor(row["summary"]), truth)
+        assert_relative(torch.tensor(others[path]["summary"]), truth)
+
+
 # -- requests ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +275,7 @@ def replicas() -> list[int]:
     return found
 
 
-def test_requests_and_a_replica_killed(cluster, model):
+def test_requests_and_a_replica_killed(cluster, model, tmp_path):
     from ray import serve
 
     with socket.socket() as free:
@@ -258,8 +283,11 @@ def test_requests_and_a_replica_killed(cluster, model):
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
-        handle = serve.run(deployment(VERSION, app={"model_name": "tiny"}, **OPTIONS), name="radio")
-        truth = expected(model, picture(3))
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos" / "photo.png").write_bytes(picture(3))
+        names: dict[str, Any] = {}
+        exec(compile(snippets(tmp_path)[2], "requests", "exec"), names)
+        handle, truth = names["handle"], expected(model, picture(3), 224)
 
         def ask():
             return handle.embed.remote(picture(3), features=True).result(timeout_s=PATIENCE)
@@ -271,7 +299,7 @@ def test_requests_and_a_replica_killed(cluster, model):
             handle.embed.remote(b"no image").result(timeout_s=PATIENCE)
 
         def post() -> httpx.Response:
-            body = {"model": "tiny", "input": base64.b64encode(picture(3)).decode()}
+            body = {"model": Path(VERSION).name, "input": base64.b64encode(picture(3)).decode()}
             url = f"http://127.0.0.1:{port}/v1/embeddings"
             return httpx.post(url, json=body, timeout=PATIENCE, trust_env=False)
 

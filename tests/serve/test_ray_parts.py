@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ import torch
 
 import radio_fast
 from radio_fast.images import read_image, to_tensor
-from radio_fast.serve.types import QueueFull
+from radio_fast.serve.types import DeadlineExceeded, QueueFull
 from tests.conftest import golden_source
 from tests.numerics import assert_relative
 from tests.serve.jobs import OPTIONS, SIDE, VERSION, expected, fill, leftovers, picture, table_of
@@ -25,9 +29,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data.extensions import ArrowTensorArray
 
+from radio_fast.serve import ray as ray_module
 from radio_fast.serve import shards
-from radio_fast.serve.ray import EmbedImages, _EmbedFiles, embed_dataset
+from radio_fast.serve.ray import DatasetReport, EmbedImages, _EmbedFiles, _Replica, _replica_app, embed_dataset
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),  # of its own settings
+    pytest.mark.filterwarnings("ignore:Using .httpx. with:"),  # Starlette would rather have httpx2
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -78,6 +87,107 @@ def test_a_stage_refuses_what_it_cannot_take(stage):
         EmbedImages.__call__(stage, {"image": np.array([picture(0)], object)})
     empty = EmbedImages.__call__(stage, pa.table({"image": pa.array([], pa.binary())}))
     assert empty.num_rows == 0 and "summary" in empty.column_names
+
+
+def test_an_actor_uses_what_ray_gave_it(monkeypatch):
+    context = SimpleNamespace(get_actor_id=lambda: "1", get_assigned_resources=lambda: {"CPU": 2.0})
+    gpus: list[int] = []
+    fake = SimpleNamespace(is_initialized=lambda: True, get_runtime_context=lambda: context, get_gpu_ids=lambda: gpus)
+    loaded: list[dict] = []
+
+    def load(version, **options):
+        loaded.append(options)
+        return radio_fast.load(version, **(options | {"device": "cpu"}))
+
+    monkeypatch.setattr(ray_module, "ray", fake)
+    monkeypatch.setattr(ray_module, "load_model", load)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        EmbedImages(VERSION, **OPTIONS)
+        assert torch.get_num_threads() == 2
+        assert loaded == [{"progress": False}]
+        gpus.append(3)
+        EmbedImages(VERSION, **OPTIONS)
+        EmbedImages(VERSION, device="cuda:1", embedder={"resolution": SIDE, "workers": 3})
+        assert [options["device"] for options in loaded[1:]] == ["cuda", "cuda:1"]
+        names = [thread.name for thread in threading.enumerate()]
+        assert "radio_fast-decode-2" in names and "radio_fast-decode-3" not in names
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_job_asks_ray_for_what_it_was_told(monkeypatch, tmp_path):
+    asked: dict[str, Any] = {}
+
+    class Dataset:
+        def __init__(self, items, override_num_blocks):
+            assert override_num_blocks == len(items)
+            self.items = items
+
+        def map_batches(self, stage, *, fn_constructor_kwargs, **options):
+            asked.update(options, stage=fn_constructor_kwargs)
+            self.run = stage(**fn_constructor_kwargs)
+            return self
+
+        def iter_rows(self):
+            for item in self.items:
+                yield from self.run(pa.Table.from_pylist([item])).to_pylist()
+
+    monkeypatch.setattr(ray_module.ray.data, "from_items", Dataset)
+    (tmp_path / "one").mkdir()
+    table = table_of([picture(0), picture(1)]).append_column("other", [["a", "b"]])
+    for name in ("one/a", "one/b", "c"):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    options = {"features": True, "keep": ["other"], "dtype": "float16", **OPTIONS}
+    for source, output, files in ((tmp_path / "one", "out", 2), (tmp_path / "c.parquet", "more/out", 1)):
+        report = embed_dataset(
+            source, tmp_path / output, VERSION, actors=7, num_cpus=3, num_gpus=0.5, backend="reference", **options
+        )
+        assert report == DatasetReport(files=files, skipped=0, images=2 * files, failed=0)
+        compute, stage = asked.pop("compute"), asked.pop("stage")
+        assert (compute.min_size, compute.max_size) == (files, files)
+        assert asked == {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": 3, "num_gpus": 0.5}
+        assert stage == {"version": VERSION, "column": "image", "backend": "reference", **options}
+    written = pq.read_table(tmp_path / "more" / "out" / "c.parquet")
+    assert written.column_names[:4] == ["other", "path", "summary", "features"]
+    assert written["other"].to_pylist() == ["a", "b"]
+
+
+def test_a_replica(monkeypatch):
+    from fastapi.testclient import TestClient
+
+    replica = _Replica(VERSION, {"resolution": SIDE}, {"dtype": "float32"}, {"api_key": "key"})
+    answer = asyncio.run(replica.embed(picture(0), features=True, resolution=(48, 32), deadline=60))
+    assert answer.features is not None and (answer.height, answer.width) == (48, 32)
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(replica.embed(picture(0), deadline=1e-9))
+
+    app, gate = _replica_app(), threading.Event()
+    monkeypatch.setattr(replica.embedder, "warm_up", gate.wait)
+    with TestClient(app) as client:
+        with pytest.raises(TimeoutError):
+            asyncio.run(asyncio.wait_for(replica.check_health(), 0.2))  # the model is being warmed up
+        gate.set()
+        asyncio.run(replica.check_health())
+        assert client.get("/v1/models").status_code == 401
+        models = client.get("/v1/models", headers={"Authorization": "Bearer key"}).json()
+        assert [model["id"] for model in models["data"]] == [Path(VERSION).name]
+        replica.embedder.close()
+        with pytest.raises(RuntimeError, match="shutting down"):
+            asyncio.run(replica.check_health())
+
+
+def test_a_replica_whose_model_fails_is_not_healthy(monkeypatch):
+    from fastapi.testclient import TestClient
+
+    replica = _Replica(VERSION, {"resolution": SIDE}, {}, {})
+    monkeypatch.setattr(replica.embedder, "warm_up", lambda: 1 / 0)
+    with (
+        TestClient(_replica_app()),
+        pytest.raises(RuntimeError, match="the model could not be loaded"),
+    ):
+        asyncio.run(replica.check_health())
 
 
 def test_what_is_no_fault_of_the_image_is_no_row(stage):
