@@ -86,7 +86,7 @@ def test_a_stage_refuses_what_it_cannot_take(stage):
     with pytest.raises(ValueError, match='batch_format="pyarrow"'):
         EmbedImages.__call__(stage, {"image": np.array([picture(0)], object)})
     empty = EmbedImages.__call__(stage, pa.table({"image": pa.array([], pa.binary())}))
-    assert empty.num_rows == 0 and "summary" in empty.column_names
+    assert empty.num_rows == 0 and empty.column_names == ["summary", "height", "width", "error"]
 
 
 def test_an_actor_uses_what_ray_gave_it(monkeypatch):
@@ -234,9 +234,11 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
         shards.write(shard, tables(3))
     assert list(tmp_path.iterdir()) == [] and not shards.finished(shard)
     monkeypatch.setattr(shards, "ROW_GROUP", 1)
-    shards.write(shard, tables(2))
-    assert pq.read_table(shard.output)["x"].to_pylist() == [1, 1]
-    assert shards.finished(shard) and not shards.finished(shard._replace(rows=3))
+    shard = shard._replace(rows=3)
+    shards.write(shard, tables(3))
+    assert pq.read_table(shard.output)["x"].to_pylist() == [1, 1, 1]
+    assert pq.read_metadata(shard.output).num_row_groups == 2
+    assert shards.finished(shard) and not shards.finished(shard._replace(rows=2))
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
 
 
@@ -305,7 +307,11 @@ def test_other_settings_are_refused_and_other_machines_are_not(monkeypatch, tmp_
 
     assert again().skipped == 1
     assert again(device="cuda", token="secret", actors=7, embedder={"resolution": SIDE, "workers": 3}).skipped == 1
+    assert again(source=tmp_path / "images", output=tmp_path / "out").skipped == 1
     assert "secret" not in Path("out/_job.json").read_text()
+    (tmp_path / "others").mkdir()
+    with pytest.raises(ValueError, match=r"begun with other settings \(source: '.*/images' there, '.*/others' here\)"):
+        again(source="others")
     with pytest.raises(ValueError, match=r"begun with other settings \(resolution: 32 there, 64 here\)"):
         again(embedder={"resolution": 64})
     with pytest.raises(ValueError, match=r"\(dtype: None there, 'float16' here; features: False there, True here\)"):
