@@ -102,7 +102,7 @@ class Service:
         features: bool = False,
         resolution: tuple[int, int] | None = None,
     ) -> list[Embedding]:
-        """All of the images; ApiError for the first that fails, or as the client has gone: the rest is then taken back."""
+        """All of the images. ApiError: the first that fails, or the client has gone; the rest is then taken back."""
         embedder, seconds = self.embedder, deadline or self.deadline
         if len(images) > embedder.max_queue:
             raise ApiError(413, "too_many_images", f"this server holds {embedder.max_queue} images at a time")

@@ -23,7 +23,8 @@ const data = new DataTransfer();
 for (const [name, type, text] of arguments[0]) {
   data.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name, { type }));
 }
-document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+const event = new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+document.getElementById("drop").dispatchEvent(event);
 """
 # Of each map: its size and how many colours it has.
 MAPS = """

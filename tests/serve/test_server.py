@@ -205,7 +205,8 @@ def test_embed_as_npy(client, embedder):
         ("resolution=99999", 1, 400, "at most 256"),
         ("deadline=nan", 1, 400, "deadline"),
         ("deadline=0", 1, 400, "greater than 0"),
-        ("deadline=inf", 1, 400, "less than or equal to 30"),
+        ("deadline=inf", 1, 400, "at most 30 seconds"),
+        ("ouput=both", 1, 400, "ouput: Extra inputs are not permitted"),
         ("deadline=1e-9", 1, 504, "deadline"),
     ],
 )
