@@ -13,7 +13,9 @@ import radio_fast
 from radio_fast.cli_common import parse_resolution
 from radio_fast.models.registry import DEFAULT_VERSION
 
-MISSING = "radio-fast serve needs FastAPI, uvicorn, python-multipart and prometheus-client: pip install 'radio_fast[serve]'"
+MISSING = (
+    "radio-fast serve needs FastAPI, uvicorn, python-multipart and prometheus-client: pip install 'radio_fast[serve]'"
+)
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -41,7 +43,8 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="RADIO_FAST_API_KEY", help="The key that requests need. A command line is seen by others: set it there."
+            envvar="RADIO_FAST_API_KEY",
+            help="The key that requests need. A command line is seen by others: set it there.",
         ),
     ] = None,
     random_init: Annotated[
@@ -82,9 +85,7 @@ def serve(
         )
 
     name = model_name or (Path(version).name if Path(version).exists() else version)
-    app = create_app(
-        load, model_name=name, api_key=api_key, max_body_bytes=int(max_body_mb * 2**20), deadline=deadline
-    )
+    app = create_app(load, model_name=name, api_key=api_key, max_body_bytes=int(max_body_mb * 2**20), deadline=deadline)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     bound = listen(host, port)
     shown = f"[{host}]" if ":" in host else host

@@ -31,7 +31,7 @@ class Gate:
         self.app = app
         self.service = service
         self.prometheus = prometheus
-        self.key = None if api_key is None else api_key.encode()
+        self.key = None if api_key is None else api_key.strip().encode()
         self.max_body_bytes = max_body_bytes
         self.held = 0  # bytes of bodies of all requests
 

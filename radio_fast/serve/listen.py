@@ -33,15 +33,16 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's, which raises the signal again at the end: the exit code would not be 0.
-        if self._drained_by is not None:
-            self.should_exit = True
+        again = self._drained_by is not None
         self._service.draining = True
-        self._drained_by = time.monotonic() + self._drain_seconds
+        self._drained_by = time.monotonic() + (0 if again else self._drain_seconds)
 
     async def on_tick(self, counter: int) -> bool:
-        if self._drained_by is not None and (not self._service.requests or time.monotonic() > self._drained_by):
+        if self._drained_by is not None and time.monotonic() > self._drained_by:
+            await self._service.stop()
             self.should_exit = True
-        if self._service.failure is not None:
+        idle = self._drained_by is not None and not self._service.requests
+        if idle or self._service.failure is not None:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -53,7 +54,7 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: the address is not this machine's, or taken.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         raise ValueError(f"can't listen on {host} port {port}: {error.strerror or error}") from error

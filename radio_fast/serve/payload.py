@@ -56,7 +56,7 @@ def embedding_list(results: Sequence[Embedding], output: str, model: str, as_bas
 
 
 def arrays(results: Sequence[Embedding], outputs: Sequence[str], kinds: Sequence[str]) -> dict[str, np.ndarray]:
-    """"0.summary" (S·D,), "0.features" (h, w, D), "0.clip.summary", …: float32."""
+    """ "0.summary" (S·D,), "0.features" (h, w, D), "0.clip.summary", …: float32."""
     found = {}
     for index, result in enumerate(results):
         for name in outputs:

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+import python_multipart  # noqa: F401 (Starlette would miss it at the first request)
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
-import python_multipart  # noqa: F401 (Starlette would miss it at the first request)
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -30,6 +30,7 @@ from radio_fast.serve.schemas import (
     EmbedAnswer,
     EmbeddingList,
     EmbeddingsRequest,
+    EmbedQuery,
     ErrorBody,
     Health,
     ModelList,
@@ -72,8 +73,7 @@ IMAGES_BODY = {
                             "description": "Image files: JPEG, PNG, WebP, …",
                         }
                     },
-                },
-                "encoding": {"images": {"contentType": "image/png"}},
+                }
             }
         },
     }
@@ -122,7 +122,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        await asyncio.to_thread(service.stop)
+        await service.stop()
 
     app = FastAPI(
         title="radio_fast",
@@ -201,7 +201,6 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
     @app.get("/v1/models", tags=["embeddings"], dependencies=guarded, responses=_errors(401, 503))
     async def models() -> ModelList:
         """The names that `model` may have."""
-        service.embedder  # noqa: B018 (503 until it is there)
         names = [service.name_of(output) for output in service.outputs]
         return ModelList(
             object="list",
@@ -217,7 +216,6 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
     )
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Summaries of images, in OpenAI's form."""
-        embedder = service.embedder
         by_name = {service.name_of(output): output for output in service.outputs}
         if body.model not in by_name:
             raise ApiError(
@@ -231,9 +229,7 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         width = results[0].outputs[output].summary.shape[-1]
         if body.dimensions not in (None, width):
             raise ApiError(400, "invalid_value", f"dimensions must be {width}", param="dimensions")
-        content = await asyncio.to_thread(
-            embedding_list, results, output, body.model, body.encoding_format == "base64"
-        )
+        content = await asyncio.to_thread(embedding_list, results, output, body.model, body.encoding_format == "base64")
         return Response(content, media_type="application/json", headers={"Server-Timing": timing_of(results)})
 
     @app.post(
@@ -245,44 +241,27 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         responses={200: {"content": {"application/octet-stream": BINARY}}}
         | _errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
     )
-    async def embed(
-        request: Request,
-        output: Literal["summary", "features", "both"] = "summary",
-        adaptor: Annotated[
-            list[str] | None, Query(description="'backbone' or adaptors' names; the backbone by default.", max_length=16)
-        ] = None,
-        format: Annotated[
-            Literal["json", "safetensors", "npy"] | None,
-            Query(description="json, of summaries alone, is their default; safetensors that of features. npy: one array."),
-        ] = None,
-        resolution: Annotated[
-            str | None,
-            Query(
-                pattern="^[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})?$",
-                description="Pixels, 432 or 384x512 (HEIGHTxWIDTH), that fit a batch; the server's own by default.",
-                json_schema_extra={"format": "resolution"},
-            ),
-        ] = None,
-        deadline: Annotated[
-            float | None, Query(gt=0, le=service.deadline, description="Seconds, at most the server's own.")
-        ] = None,
-    ) -> Response:
+    async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
         """Summaries and dense features of image files. One file that fails fails the request; the error names it.
 
         safetensors: "0.summary" (S·D,), "0.features" (rows, columns, D), "0.ADAPTOR.summary", …; float32. npy: one
         image's one array.
         """
         embedder = service.embedder
-        names = list(dict.fromkeys(adaptor or ["backbone"]))
+        names = list(dict.fromkeys(query.adaptor or ["backbone"]))
         for name in names:
             if name not in service.outputs:
+                legal = ", ".join(service.outputs)
                 raise ApiError(
-                    404, "adaptor_not_found", f"adaptor must be of {', '.join(service.outputs)}, got {name[:80]!r}",
-                    param="adaptor",
-                )  # fmt: skip
-        dense = output != "summary"
-        kinds = ("summary", "features") if output == "both" else (output,)
-        form = format or ("safetensors" if dense else "json")
+                    404, "adaptor_not_found", f"adaptor must be of {legal}, got {name[:80]!r}", param="adaptor"
+                )
+        if query.deadline is not None and query.deadline > service.deadline:
+            raise ApiError(
+                400, "invalid_value", f"deadline must be at most {service.deadline:g} seconds", param="deadline"
+            )
+        dense = query.output != "summary"
+        kinds = ("summary", "features") if query.output == "both" else (query.output,)
+        form = query.format or ("safetensors" if dense else "json")
         if form == "json" and dense:
             raise ApiError(400, "invalid_value", "features come as safetensors or npy, not as json", param="format")
         images = await _uploaded(request)
@@ -292,7 +271,7 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
                 param="format",
             )  # fmt: skip
         results = await service.embed(
-            request, images, deadline=deadline, features=dense, resolution=_size(resolution, embedder)
+            request, images, deadline=query.deadline, features=dense, resolution=_size(query.resolution, embedder)
         )
         headers = {"Server-Timing": timing_of(results)}
         if form == "json":
@@ -318,11 +297,13 @@ async def _uploaded(request: Request) -> list[bytes]:
         form = await parser.parse()
     except MultiPartException as error:
         raise ApiError(400, "invalid_multipart", error.message) from None
-    async with form:
+    try:
         images = [part for name, part in form.multi_items() if name == "images" and isinstance(part, UploadFile)]
         if not images or len(images) != len(form.multi_items()):
             raise ApiError(400, "no_images", "the body must have files named 'images', and nothing else")
         return [await image.read() for image in images]
+    finally:
+        await form.close()
 
 
 def _size(text: str | None, embedder: Embedder) -> tuple[int, int] | None:
@@ -349,10 +330,10 @@ async def _plain_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    """The first thing wrong; what came is not quoted."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:])[:80]
-    return ApiError(400, "invalid_value", f"{where}: {first['msg']}" if where else first["msg"], param=where).response()
+    """One thing that is wrong, rather not that a list is no string; what came is not quoted."""
+    wrong = min(error.errors(), key=lambda one: one["type"] == "string_type")
+    param = next((part for part in wrong["loc"][1:2] if isinstance(part, str)), None)
+    return ApiError(400, "invalid_value", f"{param or 'body'}: {wrong['msg']}", param=param).response()
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

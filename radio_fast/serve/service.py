@@ -12,7 +12,7 @@ from fastapi import Request
 
 from radio_fast.serve.embedder import Embedder
 from radio_fast.serve.errors import ApiError, api_error
-from radio_fast.serve.types import DeadlineExceeded, Embedding
+from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding
 
 logger = logging.getLogger("radio_fast")
 
@@ -32,6 +32,7 @@ class Service:
         self.draining = False
         self.failure: Exception | None = None
         self.requests = 0
+        self._waiting: set[asyncio.Future[list[Embedding]]] = set()
 
     def start(self) -> None:
         # A daemon: a process told to stop while it loads must not wait for a download.
@@ -47,11 +48,13 @@ class Service:
         else:
             self._embedder = embedder
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Fail what is still waiting. An embedder that was handed in stays its owner's."""
         self.draining = True
+        for results in self._waiting:
+            results.cancel()
         if self._embedder is not None and self._embedder is not self._source:
-            self._embedder.close(drain=False, timeout=5)
+            await asyncio.to_thread(self._embedder.close, drain=False, timeout=5)
 
     @property
     def loaded(self) -> Embedder | None:
@@ -74,6 +77,7 @@ class Service:
 
     @property
     def outputs(self) -> tuple[str, ...]:
+        """Their names; raises as `embedder`."""
         return "backbone", *self.embedder.model.adaptors
 
     def name_of(self, output: str) -> str:
@@ -98,7 +102,7 @@ class Service:
         features: bool = False,
         resolution: tuple[int, int] | None = None,
     ) -> list[Embedding]:
-        """All of the images, or the first failure's ApiError, with the others taken back; so too when the client goes."""
+        """All of the images. ApiError: the first that fails, or the client has gone; the rest is then taken back."""
         embedder, seconds = self.embedder, deadline or self.deadline
         if len(images) > embedder.max_queue:
             raise ApiError(413, "too_many_images", f"this server holds {embedder.max_queue} images at a time")
@@ -107,14 +111,18 @@ class Service:
         try:
             for i, image in enumerate(images):
                 futures.append(self._submit(embedder, i, image, seconds, features, resolution))
-            results = asyncio.gather(*(_result(i, future) for i, future in enumerate(futures)))
+            results = asyncio.ensure_future(_results(futures))
+            self._waiting.add(results)
+            results.add_done_callback(self._waiting.discard)
             await asyncio.wait({results, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if results.cancelled():
+                raise _answer(EmbedderClosed(), 0)
             if results.done():
                 return results.result()
             results.cancel()
             if gone.done():
                 raise ApiError(499, "client_gone", "the client closed the connection")
-            raise api_error(DeadlineExceeded(), 0)
+            raise _answer(DeadlineExceeded(), 0)
         finally:
             gone.cancel()
             for future in futures:
@@ -128,6 +136,10 @@ class Service:
                 raise ApiError(400, "invalid_value", str(error)) from error
             raise _answer(error, index) from error
         return asyncio.wrap_future(future)
+
+
+async def _results(futures: Sequence[asyncio.Future[Embedding]]) -> list[Embedding]:
+    return await asyncio.gather(*(_result(i, future) for i, future in enumerate(futures)))
 
 
 async def _result(index: int, future: asyncio.Future[Embedding]) -> Embedding:

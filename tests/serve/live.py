@@ -95,6 +95,9 @@ class Scripted:
     def warm_up(self) -> None:
         pass
 
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        self.closed = True
+
     def submit(self, image, **options) -> Future:
         future: Future = Future()
         outcome = self.script(len(self.futures)) if self.script else None

@@ -107,7 +107,7 @@ IMAGE = b64(picture())
         ({"input": {"image": IMAGE}, "model": "tiny"}, 400, "invalid_value", "input"),
         ({"input": None, "model": "tiny"}, 400, "invalid_value", "input"),
         ({"model": "tiny"}, 400, "invalid_value", "input: Field required"),
-        ({"input": [IMAGE, "http://127.0.0.1/a.png"], "model": "tiny"}, 400, "url_not_fetched", "input[1]: URLs are not"),
+        ({"input": [IMAGE, "http://127.0.0.1/a.png"], "model": "tiny"}, 400, "url_not_fetched", "input[1]: URLs are"),
         ({"input": "file:///etc/passwd", "model": "tiny"}, 400, "url_not_fetched", "not fetched"),
         ({"input": "a photo of a cat!", "model": "tiny"}, 400, "invalid_image", "no data URI and no base64"),
         ({"input": "ümlaut", "model": "tiny"}, 400, "invalid_image", "base64"),
@@ -205,7 +205,8 @@ def test_embed_as_npy(client, embedder):
         ("resolution=99999", 1, 400, "at most 256"),
         ("deadline=nan", 1, 400, "deadline"),
         ("deadline=0", 1, 400, "greater than 0"),
-        ("deadline=inf", 1, 400, "less than or equal to 30"),
+        ("deadline=inf", 1, 400, "at most 30 seconds"),
+        ("ouput=both", 1, 400, "ouput: Extra inputs are not permitted"),
         ("deadline=1e-9", 1, 504, "deadline"),
     ],
 )
@@ -236,7 +237,12 @@ def bomb(side: int) -> bytes:
         (picture()[:-40], 415, "not_an_image"),
         (picture(height=1001, width=1001), 413, "image_too_large"),
         (bomb(50_000), 413, "image_too_large"),
-        (b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\0\0" + bytes(6) + b",", 413, "image_too_large"),
+        (
+            b"GIF89a"
+            + struct.pack("<HHBBB6sBHHHHBBBB", *2 * [65535], 128, 0, 0, b"", 44, 0, 0, *2 * [65535], 0, 8, 0, 59),
+            413,
+            "image_too_large",
+        ),
     ],
     ids=["empty", "gif", "svg", "eps", "truncated", "large", "png-bomb", "gif-bomb"],
 )
@@ -257,7 +263,7 @@ def part(name: str, content: bytes, filename: str | None = "a.png", extra: bytes
     ("kind", "body", "status"),
     [
         ("multipart/form-data; boundary=X", part("images", picture()) + b"--X--\r\n", 200),
-        ("Multipart/Form-Data; Boundary=X", part("images", picture(), "../../a\r\nX: y") + b"--X--\r\n", 400),
+        ("Multipart/Form-Data; Boundary=X", part("images", picture(), "../../a\r\nX: y") + b"--X--\r\n", 200),
         ("multipart/form-data; boundary=X", part("images", picture(), "../../\0etc/ü.png") + b"--X--\r\n", 200),
         ("multipart/form-data; boundary=X", part("images", picture(), "") + b"--X--\r\n", 200),
         ("multipart/form-data; boundary=X", part("file", picture()) + b"--X--\r\n", 400),
@@ -282,10 +288,11 @@ def test_multipart_bodies(client, kind, body, status):
     assert status == 200 or error_of(answer)
 
 
-def test_paths_and_methods(client):
-    for path in ("/nothing", "/embed/", "//embed", "/page/page.js", "/page.js/../../server.py", "/health/live/%2e%2e"):
-        answer = client.get(path)
-        assert answer.status_code == 404 and error_of(answer)["code"] == "not_found", path
+def test_paths_and_methods(server, client):
+    for path in ("/nothing", "/embed/", "//embed", "/page/page.js", "/page.js/../../server.py", "/health/live/%2e%2e",
+                 "/page.js%00", "/%2fpage.js", "/..%2fserver.py", "http://elsewhere/nothing"):  # fmt: skip
+        status, _, body = raw(server.port, f"GET {path} HTTP/1.1\nHost: x")
+        assert status == 404 and json.loads(body)["error"]["code"] == "not_found", path
     answer = client.get("/embed")
     assert answer.status_code == 405 and answer.headers["allow"] == "POST" and error_of(answer)
 
@@ -315,7 +322,7 @@ def test_a_body_too_large_is_refused_before_it_is_there(server):
 
 def test_a_body_of_the_limit_is_taken(client):
     image = picture()
-    content = b"--X\r\nContent-Disposition: form-data; name=\"images\"; filename=\"a\"\r\n\r\n" + image
+    content = b'--X\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + image
     content += bytes(2**20 - len(content) - len(b"\r\n--X--\r\n")) + b"\r\n--X--\r\n"
     assert len(content) == 2**20
     headers = {"Content-Type": "multipart/form-data; boundary=X"}
@@ -325,7 +332,8 @@ def test_a_body_of_the_limit_is_taken(client):
 
 def test_a_body_that_does_not_arrive(server, monkeypatch):
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
-    status, _, body = raw(server.port, "POST /embed HTTP/1.1\nHost: x\nContent-Type: multipart/form-data; boundary=X\nContent-Length: 9", b"--X")  # fmt: skip
+    head = "POST /embed HTTP/1.1\nHost: x\nContent-Type: multipart/form-data; boundary=X\nContent-Length: 9"
+    status, _, body = raw(server.port, head, b"--X")
     assert status == 408 and json.loads(body)["error"]["code"] == "body_timeout"
     assert server.app.state.service.requests == 0
 
@@ -333,7 +341,9 @@ def test_a_body_that_does_not_arrive(server, monkeypatch):
 def test_all_bodies_together_are_limited():
     embedder = Scripted()
     with serving(embedder, max_body_bytes=1000) as running:
-        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        head = (
+            b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        )
         open_ones = [socket.create_connection(("127.0.0.1", running.port), timeout=30) for _ in range(8)]
         for connection in open_ones:
             connection.sendall(head + b" " * 999)
@@ -383,13 +393,17 @@ def test_failures_of_the_embedder(error, status, code, retry_after, raised):
     if raised and isinstance(error, ValueError) and not isinstance(error, ImageError):
         status, code = 400, "invalid_value"  # submit's own, of its arguments
     embedder = Scripted(script)
+    two = {
+        "/embed": {"files": files(b"1", b"2")},
+        "/v1/embeddings": {"json": {"input": ["AA==", "AA=="], "model": "tiny"}},
+    }
     with serving(embedder) as running:
-        for path, body in (("/embed", {"files": files(b"1", b"2")}), ("/v1/embeddings", {"json": {"input": ["AA==", "AA=="], "model": "tiny"}})):  # fmt: skip
+        for path, body in two.items():
             answer = httpx.post(running.url + path, **body)
             assert (answer.status_code, error_of(answer)["code"]) == (status, code)
             assert answer.headers.get("retry-after") == retry_after
-            assert "secret" not in answer.text or raised and code == "invalid_value"
-            assert embedder.futures[0].cancelled()
+            assert "secret" not in answer.text or (raised and code == "invalid_value")
+            until(embedder.futures[0].cancelled)
             embedder.futures.clear()
 
 
@@ -412,7 +426,8 @@ def test_a_model_that_hangs():
     with serving(embedder, deadline=0.2) as running:
         answer = httpx.post(f"{running.url}/embed", files=files(b"x"))
         assert answer.status_code == 504 and error_of(answer)["code"] == "deadline_exceeded"
-        assert embedder.futures[0].cancelled() and embedder.options[0]["deadline"] == 0.2
+        until(embedder.futures[0].cancelled)
+        assert embedder.options[0]["deadline"] == 0.2
         answer = httpx.post(f"{running.url}/embed?deadline=0.05", files=files(b"x"))
         assert answer.status_code == 504 and embedder.options[1]["deadline"] == 0.05
 
@@ -444,8 +459,11 @@ def test_many_clients_at_once_each_get_their_own(server, embedder):
         image = images[number % 16]
         body = part("images", image) + b"--X--\r\n"
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-            head = f"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\nContent-Length: {len(body)}\r\n\r\n"  # fmt: skip
-            connection.sendall(head.encode() + body[: len(body) // 2 if number % 6 == 0 else None])
+            head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+            connection.sendall(
+                f"{head}Content-Length: {len(body)}\r\n\r\n".encode()
+                + body[: len(body) // 2 if number % 6 == 0 else None]
+            )
             if number % 3 == 0:
                 return
             answer = http.client.HTTPResponse(connection)
@@ -521,23 +539,22 @@ def test_a_signal_lets_requests_finish():
 
 def test_a_drain_is_bounded():
     """What is not done by then fails, with an answer."""
-    futures = []
-
-    class Stuck(Scripted):
-        def close(self, drain, timeout):
-            for future in self.futures:
-                future.set_exception(EmbedderClosed("closed"))
-
-    def make():
-        futures.append(Stuck())
-        return futures[0]
-
-    with serving(make, drain_seconds=0.2) as running, ThreadPoolExecutor(1) as pool:
+    embedder = Scripted()
+    with serving(embedder, drain_seconds=0.2) as running, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(httpx.post, f"{running.url}/embed", files=files(b"x"), timeout=60)
-        until(lambda: futures and futures[0].futures)
+        until(lambda: embedder.futures)
         running.signal()
         assert accepted.result().status_code == 503
         assert running.ended()
+
+
+def test_only_an_embedder_made_here_is_closed_here():
+    own, others = Scripted(), Scripted()
+    for source in (lambda: own, others):
+        with serving(source) as running:
+            running.signal()
+            assert running.ended()
+    assert own.closed and not others.closed
 
 
 # -- keys, headers, metrics -------------------------------------------------------------------------------------------
@@ -545,11 +562,12 @@ def test_a_drain_is_bounded():
 
 @pytest.mark.parametrize("key", ["secret", "gehé️im "])
 def test_a_key(key):
-    with serving(Scripted(lambda number: result()), api_key=key) as running, httpx.Client(base_url=running.url) as client:  # fmt: skip
+    embedder = Scripted(lambda number: result())
+    with serving(embedder, api_key=key) as running, httpx.Client(base_url=running.url) as client:
         for path in ("/health/live", "/health/ready", "/", "/page.js", "/page.css", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200, path
-        right = b"Bearer " + key.encode()
-        for header in (None, b"", b"Bearer", b"Bearer ", b"Bearer wrong", b"Basic " + key.encode(), key.encode(),
+        right = b"Bearer " + key.strip().encode()
+        for header in (None, b"", b"Bearer", b"Bearer wrong", b"Basic " + key.strip().encode(), key.strip().encode(),
                        right + b"x", right[:-3], b"Bearer \xff"):  # fmt: skip
             headers = {} if header is None else {b"Authorization": header}
             for path in ("/v1/models", "/metrics", "/nothing", "/health/live/"):
@@ -559,7 +577,7 @@ def test_a_key(key):
                 assert answer.headers["www-authenticate"] == "Bearer"
             # The body is not waited for.
             assert client.post("/embed", headers=headers, files=files(b"x")).status_code == 401
-        for header in (right, b"bearer  " + key.encode()):
+        for header in (right, b"bearer  " + key.strip().encode()):
             assert client.get("/v1/models", headers={b"Authorization": header}).status_code == 200
             assert client.post("/embed", headers={b"Authorization": header}, files=files(b"x")).status_code == 200
 
