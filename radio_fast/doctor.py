@@ -115,6 +115,7 @@ def examine() -> list[Finding]:
         _nvcc(),
         *map(_provider, PACKAGES),
         _package("fastapi", "fastapi", "only radio-fast serve needs it: pip install 'radio_fast[serve]'"),
+        _package("ray", "ray", "only radio_fast.serve.ray needs it: pip install 'radio_fast[ray]'"),
         _package("transformers", "transformers", "only needed to compare against its RadioModel"),
         Finding("backend reference", torch_ok, "plain PyTorch, on any device that torch has"),
         _triton_backend(),

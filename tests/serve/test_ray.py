@@ -79,7 +79,8 @@ def until(condition, what: str):
 
 def snippets(folder: Path) -> list[str]:
     """Of the documentation, as they stand, but for a small model and a folder of ours."""
-    text = (ROOT / "docs" / "ray.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = re.search(r"^## On Ray$.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[0]
     for ours, theirs in {
         repr(VERSION): '"radio_v2.5-b"',
         str(folder): "/data",

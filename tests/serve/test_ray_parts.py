@@ -188,6 +188,7 @@ def test_a_replica_whose_model_fails_is_not_healthy(monkeypatch):
         pytest.raises(RuntimeError, match="the model could not be loaded"),
     ):
         asyncio.run(replica.check_health())
+    replica.embedder.close()
 
 
 def test_what_is_no_fault_of_the_image_is_no_row(stage):
