@@ -100,6 +100,8 @@ def embed_dataset(
             raise ValueError(f"{name} must be at least 1, got {number}")
     # Actors may have other working directories.
     source, output, version = Path(source).absolute(), Path(output).absolute(), _absolute(version)
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"output {output} is inside of the source: name a folder elsewhere")
     if load.get("checkpoint") is not None:
         load["checkpoint"] = str(Path(load["checkpoint"]).absolute())
     options = {"column": column, "keep": keep, "features": features, "embedder": dict(embedder or {})}

@@ -260,6 +260,8 @@ def test_a_folder_is_one_jobs_alone(tmp_path):
     (output / ".old.parquet.0.part").touch()
     with shards.job(output, {"dtype": torch.float16, "keep": ["a"]}):
         assert not leftovers(output)
+    (output / "part").mkdir()
+    (output / "part" / "0.parquet").touch()
     with (
         pytest.raises(ValueError, match=r"\(dtype: 'torch.float16' there, None here; version: None there, 'b' here\)"),
         shards.job(output, {"version": "b", "keep": ["a"]}),
@@ -295,7 +297,10 @@ def test_wrong_arguments(tmp_path, monkeypatch, arguments, message):
     pq.write_table(table_of([picture(0)]), "tables/b.parquet")
     with pytest.raises(ValueError, match=message):
         embed_dataset(**{"source": "tables", "output": "out", "version": VERSION} | arguments)
-    assert not list(tmp_path.rglob("out/*.parquet"))
+    assert not list(tmp_path.rglob("out/*.parquet")) and not Path("tables/out").exists()
+    fill(Path("right"), 1)
+    monkeypatch.setattr(shards, "finished", lambda shard: True)  # nothing to do: no cluster is asked
+    assert embed_dataset("right", "out", VERSION).skipped == 1
 
 
 def test_other_settings_are_refused_and_other_machines_are_not(monkeypatch, tmp_path):
@@ -306,7 +311,9 @@ def test_other_settings_are_refused_and_other_machines_are_not(monkeypatch, tmp_
     def again(**arguments):
         return embed_dataset(**{"source": "images", "output": "out", "version": VERSION, **OPTIONS} | arguments)
 
-    assert again().skipped == 1
+    assert again(images_per_file=1, dtype="float32").skipped == 2
+    assert again().skipped == 1  # nothing had been finished
+    Path("out/000000.parquet").touch()
     assert again(device="cuda", token="secret", actors=7, embedder={"resolution": SIDE, "workers": 3}).skipped == 1
     assert again(source=tmp_path / "images", output=tmp_path / "out").skipped == 1
     assert "secret" not in Path("out/_job.json").read_text()
