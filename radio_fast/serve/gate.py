@@ -11,7 +11,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radio_fast.serve.errors import ApiError
+from radio_fast.serve.errors import ApiError, client_gone
 from radio_fast.serve.prometheus import Prometheus
 from radio_fast.serve.service import Service
 
@@ -105,18 +105,19 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             raise ApiError(408, "body_timeout", f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
-        if message["type"] == "http.request":
-            arrived = len(message.get("body", b""))
-            self._size += arrived
-            self._gate.held += arrived
-            self._whole = not message.get("more_body", False)
-            if self._size > self._gate.max_body_bytes:
-                raise self._gate.too_large()
-            if self._gate.held > BODIES * self._gate.max_body_bytes:
-                raise ApiError(429, "queue_full", "the server holds too many requests", retry_after=1)
-            self._commas += message.get("body", b"").count(b",") if self._is_json else 0
-            if self._commas > COMMAS:
-                raise ApiError(400, "invalid_value", "the JSON has too many items")
+        if message["type"] == "http.disconnect":
+            raise client_gone()
+        part = message.get("body", b"")
+        self._size += len(part)
+        self._gate.held += len(part)
+        self._whole = not message.get("more_body", False)
+        if self._size > self._gate.max_body_bytes:
+            raise self._gate.too_large()
+        if self._gate.held > BODIES * self._gate.max_body_bytes:
+            raise ApiError(429, "queue_full", "the server holds too many requests", retry_after=1)
+        self._commas += part.count(b",") if self._is_json else 0
+        if self._commas > COMMAS:
+            raise ApiError(400, "invalid_value", "the JSON has too many items")
         return message
 
     def release(self) -> None:

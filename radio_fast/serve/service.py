@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fastapi import Request
 
 from radio_fast.serve.embedder import Embedder
-from radio_fast.serve.errors import ApiError, api_error
+from radio_fast.serve.errors import ApiError, api_error, client_gone
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding
 
 logger = logging.getLogger("radio_fast")
@@ -132,7 +132,7 @@ class Service:
                 return results.result()
             results.cancel()
             if gone.done():
-                raise ApiError(499, "client_gone", "the client closed the connection")
+                raise client_gone()
             raise _answer(DeadlineExceeded(), 0)
         finally:
             self._dense -= dense

@@ -490,6 +490,19 @@ def test_a_client_that_goes_takes_its_images_back(path):
         assert f'requests_total{{path="{path}",status="499"}} 1.0' in httpx.get(f"{running.url}/metrics").text
 
 
+@pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
+def test_a_client_that_goes_while_it_sends(path, caplog):
+    with serving(Scripted()) as running:
+        kind = "multipart/form-data; boundary=X" if path == "/embed" else "application/json"
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 999\r\n\r\n"
+            connection.sendall(head.encode() + part("images", b"1"))
+            until(lambda: running.app.state.service.requests == 1)
+        until(lambda: running.app.state.service.requests == 0)
+        assert f'requests_total{{path="{path}",status="499"}} 1.0' in httpx.get(f"{running.url}/metrics").text
+    assert not caplog.records
+
+
 def test_many_clients_at_once_each_get_their_own(server, embedder):
     """64 at a time, a third of whom hang up; the others' results are theirs."""
     images = [picture(seed) for seed in range(16)]
