@@ -377,14 +377,23 @@ def test_embed_many_of_an_endless_source():
 
 
 def test_embed_many_left_early_cancels_what_is_under_way():
-    gate = Gate()
-    with reader(lambda numbers: 0 in numbers or gate(numbers), max_tokens=4, workers=1) as embedder:
-        found = embedder.embed_many(numbered(n) for n in itertools.count())
+    gate, ahead = Gate(), threading.Event()
+
+    def source():
+        for n in itertools.count():
+            if n == 3:
+                ahead.set()
+            yield numbered(n)
+
+    with reader(
+        lambda numbers: ahead.wait(TIMEOUT) if 0 in numbers else gate(numbers), max_tokens=4, workers=1
+    ) as embedder:
+        found = embedder.embed_many(source())
         assert number_of(next(found)) == 0
         assert gate.reached.wait(TIMEOUT)
         found.close()
         snapshot = embedder.metrics.snapshot()
-        assert snapshot.cancelled >= 1 and snapshot.queue_depth == 1
+        assert snapshot.cancelled == 2 and snapshot.queue_depth == 1
         gate.open.set()
     assert embedder.model.batches == [[0], [1]]
 
@@ -615,6 +624,8 @@ def test_no_legal_arguments(options, said):
         Embedder(model, **options)
     with pytest.raises(ValueError, match=r"a RADIOModel, as radio_fast\.load makes, got Linear"):
         Embedder(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="on a CPU or a CUDA GPU, got one on 'meta'"):
+        Embedder(tiny().to("meta"))
     if "resolution" in options:
         with Embedder(model, resolution=32) as embedder, pytest.raises(ValueError, match=said):
             embedder.submit(numbered(1), **options)
