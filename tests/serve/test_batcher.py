@@ -150,6 +150,6 @@ def test_any_order_sizes_and_deadlines(arrivals, budget, max_wait, pauses):
             until = math.inf if wait is None else now + wait
     look(flush=True)
     out = [key for batch, expired in done for key in batch + expired]
-    assert sorted(out + [*cancelled]) == sorted(tokens), "each image leaves exactly once"
+    assert sorted([*out, *cancelled]) == sorted(tokens), "each image leaves exactly once"
     ran = [key for batch, _ in done for key in batch]
     assert ran == sorted(ran), "first come, first served"

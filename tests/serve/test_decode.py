@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_16_bits_of_grey():
     ids=["empty", "text", "start of a JPEG", "start of a GIF", "a program"],
 )
 def test_no_image(data):
-    with pytest.raises(ImageError, match="^image: cannot identify|^image: .*truncated|^image: "):
+    with pytest.raises(ImageError, match=r"^image: "):
         pixels(data)
 
 
@@ -194,10 +195,8 @@ def test_corrupt_bytes_give_an_image_or_an_image_error(kind):
         damaged = data.copy()
         for place in generator.integers(0, len(data), 4):
             damaged[place] = generator.integers(256)
-        try:
+        with suppress(ImageError):
             assert pixels(bytes(damaged)).shape == (3, *SIZE)
-        except ImageError:
-            pass
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -258,7 +257,7 @@ def test_reading_changes_nothing_of_the_process():
         thread.start()
     for thread in others:
         thread.join(30)
-    assert len(seen) == 40 and all(seen) and Image.MAX_IMAGE_PIXELS == before[1]
+    assert len(seen) == 40 and all(seen) and before[1] == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize(
