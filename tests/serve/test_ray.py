@@ -252,7 +252,7 @@ def test_snippets_of_datasets(cluster, model, tmp_path, capsys):
     fill(tmp_path / "photos", 3)
     dataset, stage, _ = snippets(tmp_path)
     exec(compile(dataset, "dataset", "exec"), {})
-    assert capsys.readouterr().out.startswith("3 images in 1 files, 0 could not be read, 0 files were there")
+    assert capsys.readouterr().out.startswith("3 images in 1 files, 0 unreadable; 0 files were there")
     exec(compile(stage, "stage", "exec"), {})
     rows = rows_of(tmp_path / "out")
     others = {os.path.relpath(path, tmp_path / "photos"): row for path, row in rows_of(tmp_path / "embedded").items()}
