@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -42,8 +41,9 @@ def hold(image: Any, max_pixels: int) -> Any:
         check_size("tensor", image.shape[2], image.shape[1], max_pixels)
         dtype = torch.uint8 if image.dtype == torch.uint8 else torch.float32
         return image.detach().to("cpu", dtype, copy=True)
-    pil = sys.modules.get("PIL.Image")
-    if pil is not None and isinstance(image, pil.Image):
+    # Without importing it; and another thread may be at it, before the class is there.
+    picture = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    if picture is not None and isinstance(image, picture):
         check_size("image", *image.size, max_pixels)
         try:
             return upright(image)
@@ -53,8 +53,10 @@ def hold(image: Any, max_pixels: int) -> Any:
         image = bytes(image)
     if not isinstance(image, (bytes, str, os.PathLike)):
         raise ValueError(f"an image must be {LEGAL}, got {type(image).__name__}")
-    if importlib.util.find_spec("PIL") is None:
-        raise ImportError("image files need Pillow: pip install 'radio_fast[cli]'")
+    try:
+        import PIL.Image  # noqa: F401 (told to who submits, not to who awaits)
+    except ImportError as error:
+        raise ImportError(f"image files need Pillow: pip install 'radio_fast[cli]' ({error})") from error
     return image
 
 

@@ -94,13 +94,16 @@ class Embedder:
     ):
         if not isinstance(model, RADIOModel):
             raise ValueError(f"model must be a RADIOModel, as radio_fast.load makes, got {type(model).__name__}")
+        device = model.model.device.type
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"model must be on a CPU or a CUDA GPU, got one on {device!r}")
         self.model = model
         self._resolution = resolution
         size_of = self._size_of(resolution)
         # The size that images will have, as far as that is known.
         self._usual = legal_size(model, None) if resolution == "native" else size_of(0, 0)
         tokens = self._tokens(*self._usual)
-        on_gpu = model.model.device.type == "cuda"
+        on_gpu = device == "cuda"
         if max_tokens is None:
             max_tokens = MAX_ROWS if on_gpu else IMAGES_ON_CPU * tokens
         if workers is None:

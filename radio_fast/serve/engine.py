@@ -41,9 +41,11 @@ def _forget_cancelled(engine: weakref.ref[Engine], future: Future) -> None:
 
 
 class _Hand:
-    """What a worker holds, for whoever finds the worker dead."""
+    """What a worker holds, and what has hit it."""
 
     item: Item | None = None
+    error: BaseException | None = None
+    ended = False
 
 
 class Engine:
@@ -61,7 +63,6 @@ class Engine:
         max_wait: float,
         workers: int,
     ):
-        self.metrics = Metrics(budget)
         self.max_queue = max_queue
         self.closed = False
         self._runner, self._read, self._grid_of = runner, read, grid_of
@@ -69,7 +70,8 @@ class Engine:
         self._work = threading.Condition(self._lock)  # for a worker
         self._ready = threading.Condition(self._lock)  # for the model's thread
         self._room = threading.Condition(self._lock)  # for who wants to submit, or waits for the end
-        self._items: dict[Future, Item] = {}  # all that is accepted and not done
+        self._items: dict[Future, Item] = {}  # all that are accepted and not done
+        self.metrics = Metrics(budget, self._items.__len__)
         self._undecoded: OrderedDict[Future, Item] = OrderedDict()
         self._batcher: Batcher[Item] = Batcher(budget, max_wait)
         self._pace = 0.0  # seconds an image has taken lately
@@ -161,16 +163,22 @@ class Engine:
     # -- decoding ---------------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
+        """Whatever kills a worker costs one image and no worker. An exception that another thread injects can come
+        anywhere, here in the handler too: hence two loops.
+        """
         hand = _Hand()
-        while True:
+        while not hand.ended:
             try:
-                while self._decode_next(hand):
-                    pass
-                return
-            except BaseException as error:  # whatever kills a worker costs one image and no worker
-                item, hand.item = hand.item, None
-                if item is not None:
-                    self._fail(item, "decode", freed(error))
+                while not hand.ended:
+                    if hand.item is not None:
+                        self._fail(hand.item, "decode", hand.error or SystemExit("the worker was killed"))
+                        hand.item = hand.error = None
+                    try:
+                        hand.ended = not self._decode_next(hand)
+                    except BaseException as error:
+                        hand.error = freed(error)
+            except BaseException:
+                continue
 
     def _decode_next(self, hand: _Hand) -> bool:
         """Decode an image when there is one and room for it; False at the end."""
@@ -293,33 +301,31 @@ class Engine:
         return Embedding(outputs, height, width, self._grid_of(height, width), timings)
 
     def _recover(self, items: list[Item], error: BaseException) -> None:
-        """Split up a batch that failed: what doesn't fit into memory into halves, anything else into single images."""
+        """Split up a batch that failed: by half the budget if it didn't fit into memory, else into single images."""
+        no_memory = out_of_memory(error)
         if len(items) == 1:
-            self._fail(items[0], "out_of_memory" if out_of_memory(error) else "model", error)
+            self._fail(items[0], "out_of_memory" if no_memory else "model", error)
             return
         self.metrics.retry()
-        parts = [[item] for item in items]
-        if out_of_memory(error):
-            parts = self._smaller(items, error)
-        for part in parts:
+        if no_memory:
+            self._halve(sum(item.tokens for item in items), error)
+        rest = deque(items)
+        while rest:
+            part = [rest.popleft()]
+            room = self._batcher.budget - part[0].tokens  # a part that fails changes it for those after
+            while no_memory and rest and rest[0].tokens <= room:
+                room -= rest[0].tokens
+                part.append(rest.popleft())
             self._finish(self._start(part))
 
-    def _smaller(self, items: list[Item], error: BaseException) -> list[list[Item]]:
-        """Halve the budget for good; these items in parts that keep it."""
-        tokens = sum(item.tokens for item in items)
+    def _halve(self, tokens: int, error: BaseException) -> None:
+        """Batches of so many tokens don't fit. Nothing new, if they were started before the budget was halved."""
         with self._lock:
-            budget = self._batcher.budget = max(min(self._batcher.budget, tokens) // 2, 1)
+            if tokens > self._batcher.budget:
+                return
+            budget = self._batcher.budget = max(tokens // 2, 1)
         if self.metrics.halve(budget) == 1:
             log.warning("%d tokens don't fit into memory, batches get %d from now on: %s", tokens, budget, error)
-        parts: list[list[Item]] = []
-        room = 0
-        for item in items:
-            if item.tokens > room:
-                parts.append([])
-                room = budget
-            parts[-1].append(item)
-            room -= item.tokens
-        return parts
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

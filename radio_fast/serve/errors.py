@@ -41,6 +41,11 @@ class ApiError(HTTPException):
         return Response(content, self.status_code, dict(self.headers), media_type="application/json")
 
 
+def client_gone() -> ApiError:
+    """For the metrics: nobody is there to read it."""
+    return ApiError(499, "client_gone", "the client closed the connection")
+
+
 def api_error(error: Exception, image: int) -> ApiError | None:
     """The answer for what the embedder failed an image with; None for what is no fault of the request's."""
     if isinstance(error, ImageTooLarge):

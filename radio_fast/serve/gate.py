@@ -11,7 +11,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radio_fast.serve.errors import ApiError
+from radio_fast.serve.errors import ApiError, client_gone
 from radio_fast.serve.prometheus import Prometheus
 from radio_fast.serve.service import Service
 
@@ -20,6 +20,7 @@ OPEN = frozenset({"/", "/page.js", "/page.css", "/docs", "/openapi.json", "/heal
 METRICS = "/metrics"
 BODY_SECONDS = 60.0  # in which a body has to arrive
 BODIES = 8  # of the largest size that may be in memory together
+COMMAS = 4096  # in JSON: 60 MB of small items would hold the interpreter for 10 seconds, those of 256 images no time
 
 
 class Gate:
@@ -51,7 +52,7 @@ class Gate:
                     headers["Connection"] = "close"
             await send(message)
 
-        body = _Body(self, receive)
+        body = _Body(self, receive, "json" in Headers(scope=scope).get("content-type", "").lower())
         try:
             self._admit(scope)
             if scope["path"] in OPEN or scope["path"] == METRICS:
@@ -87,9 +88,11 @@ class Gate:
 class _Body:
     """A request's body as it arrives, held to the limits."""
 
-    def __init__(self, gate: Gate, receive: Receive):
+    def __init__(self, gate: Gate, receive: Receive, is_json: bool):
         self._gate = gate
         self._receive = receive
+        self._is_json = is_json
+        self._commas = 0
         self._size = 0
         self._whole = False
         self._until = time.monotonic() + BODY_SECONDS
@@ -102,15 +105,19 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             raise ApiError(408, "body_timeout", f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
-        if message["type"] == "http.request":
-            arrived = len(message.get("body", b""))
-            self._size += arrived
-            self._gate.held += arrived
-            self._whole = not message.get("more_body", False)
-            if self._size > self._gate.max_body_bytes:
-                raise self._gate.too_large()
-            if self._gate.held > BODIES * self._gate.max_body_bytes:
-                raise ApiError(429, "queue_full", "the server holds too many requests", retry_after=1)
+        if message["type"] == "http.disconnect":
+            raise client_gone()
+        part = message.get("body", b"")
+        self._size += len(part)
+        self._gate.held += len(part)
+        self._whole = not message.get("more_body", False)
+        if self._size > self._gate.max_body_bytes:
+            raise self._gate.too_large()
+        if self._gate.held > BODIES * self._gate.max_body_bytes:
+            raise ApiError(429, "queue_full", "the server holds too many requests", retry_after=1)
+        self._commas += part.count(b",") if self._is_json else 0
+        if self._commas > COMMAS:
+            raise ApiError(400, "invalid_value", "the JSON has too many items")
         return message
 
     def release(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from radio_fast.images import ImageError
 from radio_fast.serve.compute import Finish
 from radio_fast.serve.types import Embedding
 
@@ -39,15 +40,17 @@ class Batch:
 
 
 def freed(error: BaseException) -> BaseException:
-    """`error`, just caught, without the catching frame and without what the variables of the others hold: a batch, all
-    the activations, and by way of a future the error itself.
+    """`error` with its traceback as a note. The frames would keep what their variables hold as long as the caller keeps
+    the error: a batch, all the activations, and by way of a future the error itself.
     """
-    if error.__traceback__ is not None:
-        error.__traceback__ = error.__traceback__.tb_next
+    if not isinstance(error, ImageError) and not hasattr(error, "__notes__"):
+        error.add_note("".join(traceback.format_exception(error)).rstrip())
+    parts: list[BaseException | None] = [error]
     seen: set[int] = set()
-    part: BaseException | None = error
-    while part is not None and id(part) not in seen:
-        seen.add(id(part))
-        traceback.clear_frames(part.__traceback__)
-        part = part.__cause__ or part.__context__
+    while parts:
+        part = parts.pop()
+        if part is not None and id(part) not in seen:
+            seen.add(id(part))
+            part.__traceback__ = None
+            parts += [part.__cause__, part.__context__]
     return error

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from radio_fast.serve.service import Service
 
 GRACE_SECONDS = 5  # for answers on their way out
+UNREAD_SECONDS = 60  # an answer that its client has not taken by then is dropped
 
 
 class Server(uvicorn.Server):
@@ -55,6 +56,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        bound = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         raise ValueError(f"can't listen on {host} port {port}: {error.strerror or error}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it. uvicorn would keep the answer for ever
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_SECONDS))
+    return bound

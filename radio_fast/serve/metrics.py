@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from radio_fast.serve.types import Timings
@@ -31,7 +32,7 @@ class Histogram:
 class Snapshot:
     """An embedder's numbers at one moment; all but the gauges only grow.
 
-    accepted = completed + cancelled + Σ failed + queue_depth, at any moment.
+    While nothing is on its way from one count to the next, accepted = completed + cancelled + Σ failed + queue_depth.
     """
 
     accepted: int  # images that submit() took
@@ -69,20 +70,20 @@ class _Tally:
 class Metrics:
     """Counters and histograms of one embedder; safe in threads."""
 
-    def __init__(self, token_budget: int):
+    def __init__(self, token_budget: int, queue_depth: Callable[[], int]):
         self._lock = threading.RLock()
         self._counts: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
         self._in_flight = 0
         self._budget = token_budget
+        self._queue_depth = queue_depth
         self._seconds = {name: _Tally(SECONDS) for name in ("decode", "wait", "compute", "total")}
         self._tokens, self._images = _Tally(TOKENS), _Tally(IMAGES)
 
     def snapshot(self) -> Snapshot:
         with self._lock:
             counts = self._counts
-            done = counts["completed"] + counts["cancelled"] + sum(self._failed.values())
             return Snapshot(
                 accepted=counts["accepted"],
                 completed=counts["completed"],
@@ -91,7 +92,7 @@ class Metrics:
                 rejected=dict(self._rejected),
                 retried=counts["retried"],
                 out_of_memory=counts["out_of_memory"],
-                queue_depth=counts["accepted"] - done,
+                queue_depth=self._queue_depth(),
                 tokens_in_flight=self._in_flight,
                 token_budget=self._budget,
                 **{f"{name}_seconds": tally.snapshot() for name, tally in self._seconds.items()},

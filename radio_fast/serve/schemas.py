@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_IMAGES = 256
+MAX_ADAPTORS = 16
 
 ImageText = Annotated[
     str,
     Field(
         min_length=1,
-        json_schema_extra={"format": "image"},
         description="An image file (JPEG, PNG, WebP, …) as a data URI or bare base64. URLs are not fetched.",
     ),
 ]
@@ -30,6 +30,26 @@ class EmbeddingsRequest(BaseModel):
         None, description="The summary's own width; it can't be cut."
     )
     user: str | None = Field(None, description="Ignored.")
+
+
+class EmbedQuery(BaseModel):
+    """Of /embed. What is not of these is an error: a word misspelt would go unnoticed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    output: Literal["summary", "features", "both"] = "summary"
+    adaptor: list[str] = Field(
+        [], description="'backbone' or adaptors' names; the backbone by default.", max_length=MAX_ADAPTORS
+    )
+    format: Literal["json", "safetensors", "npy"] | None = Field(
+        None, description="json, of summaries alone, is their default; safetensors that of features. npy: one array."
+    )
+    resolution: str | None = Field(
+        None,
+        pattern="^[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})?$",
+        description="Pixels, 432 or 384x512 (HEIGHTxWIDTH), that fit a batch; the server's own by default.",
+    )
+    deadline: float | None = Field(None, gt=0, description="Seconds, at most the server's own.")
 
 
 class EmbeddingItem(BaseModel):

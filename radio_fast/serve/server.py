@@ -1,12 +1,13 @@
 """Embeddings over HTTP: OpenAI's /v1/embeddings, /embed with dense maps, health, metrics, a page to try it on."""
 
-# No annotations from __future__: FastAPI reads those of the routes, which name local limits.
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import python_multipart  # noqa: F401 (Starlette would miss it at the first request)
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -29,6 +30,7 @@ from radio_fast.serve.schemas import (
     EmbedAnswer,
     EmbeddingList,
     EmbeddingsRequest,
+    EmbedQuery,
     ErrorBody,
     Health,
     ModelList,
@@ -71,8 +73,7 @@ IMAGES_BODY = {
                             "description": "Image files: JPEG, PNG, WebP, …",
                         }
                     },
-                },
-                "encoding": {"images": {"contentType": "image/png"}},
+                }
             }
         },
     }
@@ -240,47 +241,27 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         responses={200: {"content": {"application/octet-stream": BINARY}}}
         | _errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
     )
-    async def embed(
-        request: Request,
-        output: Literal["summary", "features", "both"] = "summary",
-        adaptor: Annotated[
-            list[str] | None,
-            Query(description="'backbone' or adaptors' names; the backbone by default.", max_length=16),
-        ] = None,
-        format: Annotated[
-            Literal["json", "safetensors", "npy"] | None,
-            Query(
-                description="json, of summaries alone, is their default; safetensors that of features. npy: one array."
-            ),
-        ] = None,
-        resolution: Annotated[
-            str | None,
-            Query(
-                pattern="^[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})?$",
-                description="Pixels, 432 or 384x512 (HEIGHTxWIDTH), that fit a batch; the server's own by default.",
-                json_schema_extra={"format": "resolution"},
-            ),
-        ] = None,
-        deadline: Annotated[
-            float | None, Query(gt=0, le=service.deadline, description="Seconds, at most the server's own.")
-        ] = None,
-    ) -> Response:
+    async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
         """Summaries and dense features of image files. One file that fails fails the request; the error names it.
 
         safetensors: "0.summary" (S·D,), "0.features" (rows, columns, D), "0.ADAPTOR.summary", …; float32. npy: one
         image's one array.
         """
         embedder = service.embedder
-        names = list(dict.fromkeys(adaptor or ["backbone"]))
+        names = list(dict.fromkeys(query.adaptor or ["backbone"]))
         for name in names:
             if name not in service.outputs:
+                legal = ", ".join(service.outputs)
                 raise ApiError(
-                    404, "adaptor_not_found", f"adaptor must be of {', '.join(service.outputs)}, got {name[:80]!r}",
-                    param="adaptor",
-                )  # fmt: skip
-        dense = output != "summary"
-        kinds = ("summary", "features") if output == "both" else (output,)
-        form = format or ("safetensors" if dense else "json")
+                    404, "adaptor_not_found", f"adaptor must be of {legal}, got {name[:80]!r}", param="adaptor"
+                )
+        if query.deadline is not None and query.deadline > service.deadline:
+            raise ApiError(
+                400, "invalid_value", f"deadline must be at most {service.deadline:g} seconds", param="deadline"
+            )
+        dense = query.output != "summary"
+        kinds = ("summary", "features") if query.output == "both" else (query.output,)
+        form = query.format or ("safetensors" if dense else "json")
         if form == "json" and dense:
             raise ApiError(400, "invalid_value", "features come as safetensors or npy, not as json", param="format")
         images = await _uploaded(request)
@@ -290,7 +271,7 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
                 param="format",
             )  # fmt: skip
         results = await service.embed(
-            request, images, deadline=deadline, features=dense, resolution=_size(resolution, embedder)
+            request, images, deadline=query.deadline, features=dense, resolution=_size(query.resolution, embedder)
         )
         headers = {"Server-Timing": timing_of(results)}
         if form == "json":

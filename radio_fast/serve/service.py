@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from fastapi import Request
 
 from radio_fast.serve.embedder import Embedder
-from radio_fast.serve.errors import ApiError, api_error
+from radio_fast.serve.errors import ApiError, api_error, client_gone
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding
 
 logger = logging.getLogger("radio_fast")
+
+# Features are large (84 MB of 16384 patches of ViT-H), so fewer images with them are worked on together.
+DENSE_IMAGES = 16  # of one request
+DENSE_IMAGES_TOGETHER = 64
 
 
 class Service:
@@ -32,6 +36,7 @@ class Service:
         self.draining = False
         self.failure: Exception | None = None
         self.requests = 0
+        self._dense = 0
         self._waiting: set[asyncio.Future[list[Embedding]]] = set()
 
     def start(self) -> None:
@@ -102,10 +107,16 @@ class Service:
         features: bool = False,
         resolution: tuple[int, int] | None = None,
     ) -> list[Embedding]:
-        """All of the images; ApiError for the first that fails and for a client that goes, the rest is then taken back."""
+        """All of the images. ApiError: the first that fails, or the client has gone; the rest is then taken back."""
         embedder, seconds = self.embedder, deadline or self.deadline
         if len(images) > embedder.max_queue:
             raise ApiError(413, "too_many_images", f"this server holds {embedder.max_queue} images at a time")
+        dense = len(images) if features else 0
+        if dense > DENSE_IMAGES:
+            raise ApiError(413, "too_many_images", f"features are of at most {DENSE_IMAGES} images a request")
+        if self._dense + dense > DENSE_IMAGES_TOGETHER:
+            raise ApiError(429, "queue_full", "the server is full, try again later", retry_after=1)
+        self._dense += dense
         futures: list[asyncio.Future[Embedding]] = []
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -121,9 +132,10 @@ class Service:
                 return results.result()
             results.cancel()
             if gone.done():
-                raise ApiError(499, "client_gone", "the client closed the connection")
+                raise client_gone()
             raise _answer(DeadlineExceeded(), 0)
         finally:
+            self._dense -= dense
             gone.cancel()
             for future in futures:
                 future.cancel()

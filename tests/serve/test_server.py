@@ -20,7 +20,7 @@ from safetensors.numpy import load as load_safetensors
 
 import radio_fast
 from radio_fast.images import ImageError
-from radio_fast.serve import gate
+from radio_fast.serve import gate, listen
 from radio_fast.serve.embedder import Embedder
 from radio_fast.serve.server import create_app
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, QueueFull
@@ -205,7 +205,8 @@ def test_embed_as_npy(client, embedder):
         ("resolution=99999", 1, 400, "at most 256"),
         ("deadline=nan", 1, 400, "deadline"),
         ("deadline=0", 1, 400, "greater than 0"),
-        ("deadline=inf", 1, 400, "less than or equal to 30"),
+        ("deadline=inf", 1, 400, "at most 30 seconds"),
+        ("ouput=both", 1, 400, "ouput: Extra inputs are not permitted"),
         ("deadline=1e-9", 1, 504, "deadline"),
     ],
 )
@@ -363,6 +364,46 @@ def test_all_bodies_together_are_limited():
         assert httpx.post(**small, headers=headers).status_code == 400
 
 
+def test_json_of_many_items_is_refused_before_it_is_parsed(client, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *args: pytest.fail("parsed"))
+    content = b'{"input":[' + b"1," * 4097 + b"1]}"
+    for kind in ("application/json", "application/JSON; charset=utf-8", "application/vnd.x+json"):
+        answer = client.post("/v1/embeddings", content=content, headers={"Content-Type": kind})
+        assert answer.status_code == 400 and b"too many items" in answer.content
+
+
+def test_features_of_many_images():
+    embedder = Scripted()
+    embedder.max_queue = 1000
+    with serving(embedder) as running, ThreadPoolExecutor(4) as pool:
+        url = f"{running.url}/embed?output=features"
+        answer = httpx.post(url, files=files(*[b"x"] * 17))
+        assert answer.status_code == 413 and "at most 16 images" in error_of(answer)["message"]
+        asked = [pool.submit(httpx.post, url, files=files(*[b"x"] * 16), timeout=60) for _ in range(4)]
+        until(lambda: len(embedder.futures) == 64)
+        answer = httpx.post(url, files=files(b"x"))
+        assert answer.status_code == 429 and error_of(answer)["code"] == "queue_full"
+        for future in embedder.futures:
+            future.set_result(result())
+        assert [one.result().status_code for one in asked] == [200] * 4
+        embedder.script = lambda number: result()
+        assert httpx.post(url, files=files(b"x")).status_code == 200
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux drops unread answers by itself")
+def test_an_answer_that_is_not_read_is_dropped(monkeypatch):
+    monkeypatch.setattr(listen, "UNREAD_SECONDS", 0.3)
+    large = result(grid=(512, 512), width=16)
+    with serving(Scripted(lambda number: large)) as running, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", running.port))
+        body = part("images", b"x") + b"--X--\r\n"
+        head = "POST /embed?output=features HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: 'path="/embed",status="200"' in httpx.get(f"{running.url}/metrics").text)
+        until(lambda: not running.server.server_state.connections)
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +488,19 @@ def test_a_client_that_goes_takes_its_images_back(path):
         until(lambda: all(future.cancelled() for future in embedder.futures))
         until(lambda: running.app.state.service.requests == 0)
         assert f'requests_total{{path="{path}",status="499"}} 1.0' in httpx.get(f"{running.url}/metrics").text
+
+
+@pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
+def test_a_client_that_goes_while_it_sends(path, caplog):
+    with serving(Scripted()) as running:
+        kind = "multipart/form-data; boundary=X" if path == "/embed" else "application/json"
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 999\r\n\r\n"
+            connection.sendall(head.encode() + part("images", b"1"))
+            until(lambda: running.app.state.service.requests == 1)
+        until(lambda: running.app.state.service.requests == 0)
+        assert f'requests_total{{path="{path}",status="499"}} 1.0' in httpx.get(f"{running.url}/metrics").text
+    assert not caplog.records
 
 
 def test_many_clients_at_once_each_get_their_own(server, embedder):

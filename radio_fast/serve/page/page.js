@@ -93,6 +93,7 @@ function read(bytes) {
 function describe({ card, rows, columns, width, summary, size, milliseconds, timing }) {
   const parts = Object.fromEntries([...timing.matchAll(/(\w+);dur=([\d.]+)/g)].map(([, name, ms]) => [name, `${Number(ms).toFixed(1)} ms`]));
   const image = card.querySelector("img");
+  if (image.naturalWidth) card.querySelector("canvas").style.aspectRatio = image.naturalWidth / image.naturalHeight;
   const pixels = image.naturalWidth ? `${image.naturalWidth} × ${image.naturalHeight} pixels` : "not shown by this browser";
   const [height, across] = size.split("x");
   const facts = {
