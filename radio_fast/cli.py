@@ -26,7 +26,7 @@ from radio_fast.checkpoint import read_checkpoint, state_of_checkpoint
 from radio_fast.cli_common import err, out, parse_resolution
 from radio_fast.cli_export import export
 from radio_fast.cli_ops import doctor_ops, tune_command
-from radio_fast.cli_serve import serve
+from radio_fast.cli_serve import leave_cores_to_others, serve
 from radio_fast.doctor import examine
 from radio_fast.download import fetch_repo, is_repo_id
 from radio_fast.folder import read_folder
@@ -49,6 +49,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: what a user can put right is one line on stderr and exit code 1, not a traceback."""
+    if sys.argv[1:2] == ["serve"]:
+        leave_cores_to_others()
     try:
         app()
     except (ValueError, FileNotFoundError, radio_fast.DownloadError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,20 @@ from radio_fast.models.registry import DEFAULT_VERSION
 MISSING = (
     "radio-fast serve needs FastAPI, uvicorn, python-multipart and prometheus-client: pip install 'radio_fast[serve]'"
 )
+# How OpenMP's threads wait for each other; libgomp and libomp read these when torch loads them.
+WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 LEVELS = ("debug", "info", "warning", "error")
+
+
+def leave_cores_to_others() -> None:
+    """Begin the process anew with OpenMP's threads asleep while they wait, unless the environment says how they do.
+
+    They spin by default. Where HTTP and decoding want the same cores, a thread of the model then waits for another one
+    that can't run because of it: on two cores under load, batches took forty times as long.
+    """
+    if not any(name in os.environ for name in WAIT_SETTINGS):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def serve(

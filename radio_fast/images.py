@@ -42,7 +42,7 @@ def read_image(source: str | os.PathLike | bytes, max_pixels: int | None = None)
         ImageTooLarge: more than `max_pixels` (None: Pillow's own limit), or than twice Pillow's.
         ImageError: missing, no image of the kinds in `FORMATS`, or truncated.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     name = "image" if isinstance(source, bytes) else str(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
@@ -58,6 +58,8 @@ def read_image(source: str | os.PathLike | bytes, max_pixels: int | None = None)
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(f"{name}: {error}") from error
+    except UnidentifiedImageError as error:  # its own text has a memory address in place of a name
+        raise ImageError(f"{name}: no image of a known kind") from error
     except Exception as error:  # decoders raise nearly anything on damaged data
         raise ImageError(f"{name}: {str(error) or type(error).__name__}") from error
 

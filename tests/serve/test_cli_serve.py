@@ -47,6 +47,8 @@ def test_sigterm_under_load(process):
     key = {"Authorization": "Bearer secret"}
     with httpx.Client(base_url=url, timeout=60) as client:
         assert client.get("/health/live").status_code == 200
+        # The model's threads must not spin on the cores that decode and answer.
+        assert b"OMP_WAIT_POLICY=passive" in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
         waiting = threading.Event()
         while client.get("/health/ready").status_code == 503:
             waiting.wait(0.02)
