@@ -500,10 +500,15 @@ def test_two_batches_are_under_way_at_a_time():
     futures = [embedder.submit(numbered(n)) for n in range(6)]
     idle = threading.Event()
     real = inner._work.wait
-    inner._work.wait = lambda: (idle.set(), real())
-    inner._lock.acquire()
-    inner._work.notify_all()
-    inner._lock.release()
+
+    def wait_for_work() -> None:
+        if not inner._undecoded and inner._batcher.tokens == 16:  # [0, 1] are in the model's hands, the others ready
+            idle.set()
+        real()
+
+    inner._work.wait = wait_for_work
+    with inner._lock:
+        inner._work.notify_all()
     assert idle.wait(TIMEOUT)
     go.set()
     assert [number_of(f.result(TIMEOUT)) for f in futures] == list(range(6))
