@@ -115,10 +115,10 @@ def _patch_embed_kernel(
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if PACKED:
         patch = tl.load(rows_ptr + offs_m, mask=mask_m, other=0)
-        rows = tl.load(rows_ptr + M + offs_m, mask=mask_m, other=0).to(tl.int64)
-    else:
-        rows = image * (P + T) + P + patch
     acc += tl.load(pos_ptr + patch.to(tl.int64)[:, None] * D + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    rows = image * (P + T) + P + patch
+    if PACKED:
+        rows = tl.load(rows_ptr + M + offs_m, mask=mask_m, other=0).to(tl.int64)
     tl.store(out_ptr + rows[:, None] * D + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -282,8 +282,8 @@ class RADIOModel(nn.Module):
             feature_fmt: "NLC": each image's features (T, D); "NCHW": (D, H/p, W/p).
 
         Returns:
-            `PackedOutput(summary, features)`: (B, S·D), and a tuple of B tensors; with adaptors a dict of them, as in
-            `forward`.
+            `PackedOutput(summary, features)`: (B, S·D), and a tuple of B tensors, parts of one; with adaptors a dict of
+            them, as in `forward`.
 
         Raises:
             ValueError: no image; one of a wrong rank, dtype, device or size, named by its number; grids that don't fit.
@@ -307,8 +307,8 @@ class RADIOModel(nn.Module):
             return in_groups(images, lambda x: self._eager(x, feature_fmt)[1])
         if foreign:
             images, conditioner = [conditioner(to_float(image).unsqueeze(0))[0] for image in images], None
-        patches = cut(images, p) if image_grid_hw is None else images.unflatten(1, (3, p, p))
         packing = pack(grids, self.model.num_prefix, self.model.device, self.window_size)
+        patches = cut(images, p) if image_grid_hw is None else images.unflatten(1, (3, p, p))
         tokens = self._compute(patches, lambda dtype: self.model(patches, conditioner, dtype, packing))
         return packed_outputs(self, tokens[0], packing, feature_fmt)
 

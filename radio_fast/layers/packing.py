@@ -21,10 +21,9 @@ class Segments(NamedTuple):
     def apart(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`run`, which takes batches (B, N, D), on the images of x (1, tokens, D), neighbours of one length at once."""
         runs = [(N, len([*same])) for N, same in groupby(self.lengths)]
-        parts = zip(x[0].split([N * images for N, images in runs]), runs, strict=True)
-        return torch.cat([run(part.unflatten(0, (images, N))).flatten(0, 1) for part, (N, images) in parts]).unsqueeze(
-            0
-        )
+        parts = x.split([N * images for N, images in runs], dim=1)
+        batches = (part[0].unflatten(0, (images, N)) for part, (N, images) in zip(parts, runs, strict=True))
+        return torch.cat([run(batch).flatten(0, 1) for batch in batches]).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Packing:
 def pack(
     grids: tuple[tuple[int, int], ...], num_prefix: int, device: torch.device, window_size: int | None = None
 ) -> Packing:
-    """The packing of images of h × w patches. One copy to the device, which nothing waits for.
+    """The packing of images of h × w patches. Its tensors' copies to the device are not waited for.
 
     Raises:
         ValueError: more tokens than 32 bits can count.
@@ -82,28 +81,20 @@ def pack(
     if total + images * P > MAX_TOKENS:
         raise ValueError(f"the images have {total + images * P} tokens together, at most {MAX_TOKENS} fit in one call")
     first_position = dict(zip(sizes, np.cumsum([0] + [h * w for h, w in sizes]), strict=False))
-    repeats = np.array(lengths)
     ends = np.cumsum([0, *lengths])
     starts = ends + P * np.arange(images + 1)
-    patch = np.arange(total)
-    parts = [
-        starts,
-        ends,
-        patch + np.repeat(np.array([first_position[grid] for grid in grids]) - ends[:-1], repeats),
-        patch + np.repeat(P * np.arange(1, images + 1), repeats),
-        (starts[:-1, None] + np.arange(P)).ravel(),
-    ]
-    windows = None if k is None else _by_windows(grids, starts[:-1] + P, k)
-    numbers = _to_device(np.concatenate(parts), torch.int32, device)
-    tokens, patches, rows, prefix_rows = numbers.split([images + 1, images + 1, 2 * total, images * P])
+    shifts = np.array([first_position[grid] for grid in grids]) - ends[:-1], P * np.arange(1, images + 1)
+    rows = np.arange(total) + np.stack([np.repeat(shift, lengths) for shift in shifts])
+    prefix_rows = (starts[:-1, None] + np.arange(P)).ravel()
+    tokens, patches, rows, prefix_rows = _to_device([starts, ends, rows, prefix_rows], torch.int32, device)
     return Packing(
         grids,
         sizes,
         Segments(tokens, tuple(T + P for T in lengths)),
         Segments(patches, lengths),
-        rows.view(2, total),
+        rows,
         prefix_rows,
-        None if windows is None else _to_device(windows, torch.int64, device),
+        None if k is None else _to_device([_by_windows(grids, starts[:-1] + P, k)], torch.int64, device)[0],
         k,
     )
 
@@ -116,8 +107,11 @@ def _by_windows(grids: tuple[tuple[int, int], ...], firsts: np.ndarray, k: int) 
     return np.concatenate([orders[grid] + first for grid, first in zip(grids, firsts, strict=True)])
 
 
-def _to_device(numbers: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    numbers = torch.from_numpy(numbers).to(dtype)
+def _to_device(arrays: list[np.ndarray], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tensors of the arrays, by one copy."""
+    # Each begins at 16 bytes: for a pointer that does not, Triton compiles a kernel once more.
+    flat = torch.from_numpy(np.concatenate([np.pad(a.ravel(), (0, -a.size % 4)) for a in arrays])).to(dtype)
     if device.type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True)
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([-(-a.size // 4) * 4 for a in arrays])
+    return [part[: a.size].view(a.shape) for part, a in zip(parts, arrays, strict=True)]

@@ -119,6 +119,12 @@ def attention(
     limits["reference"] = None
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
         raise ValueError(f"max_seqlen must be the longest packed image's tokens, got {max_seqlen!r}")
+    if seqlens is not None:
+        if cu_seqlens is None:
+            raise ValueError("seqlens go with cu_seqlens")
+        images, tokens = cu_seqlens.shape[0] - 1, qkv.shape[0]
+        if len(seqlens) != images or sum(seqlens) != tokens:
+            raise ValueError(f"seqlens must have the {images} packed images' tokens, {tokens} together, got {seqlens}")
     return ATTENTION(backend, (qkv, num_heads, cu_seqlens, max_seqlen, window, seqlens), limits)
 
 

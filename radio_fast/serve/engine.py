@@ -113,13 +113,14 @@ class Engine:
             item = Item(source, size_of, features, clock(), deadline)
             item.future.add_done_callback(self._cancelled)
             self.metrics.accept()
-            self._items[item.future] = self._undecoded[item.future] = item
+            self._undecoded[item.future] = self._items[item.future] = item
             self._work.notify()
             return item.future
 
     def forget(self, future: Future) -> None:
         """The caller has cancelled it."""
-        self._take_out(future)
+        if self._take_out(future):
+            future.set_running_or_notify_cancel()  # concurrent.futures.wait counts it as done only then
         self.metrics.cancel()
 
     # -- the end of an item -----------------------------------------------------------------------------------------
@@ -139,24 +140,27 @@ class Engine:
             return True
 
     def _complete(self, item: Item, result: Embedding) -> None:
-        if self._take_out(item.future):
+        taken = self._take_out(item.future)
+        if taken:
             self.metrics.complete(result.timings)
-        self._settle(item.future.set_result, result)
+        self._settle(item.future, taken, item.future.set_result, result)
 
     def _fail(self, item: Item, kind: str, error: BaseException) -> None:
         """`kind`: as in `Snapshot.failed`."""
-        if self._take_out(item.future):
+        taken = self._take_out(item.future)
+        if taken:
             self.metrics.fail(kind)
         if not isinstance(error, Exception):  # result() would end its caller's thread with a SystemExit
             cause, error = error, RuntimeError(f"the embedder was hit by {type(error).__name__}: {error}")
             error.__cause__ = cause
-        self._settle(item.future.set_exception, error)
+        self._settle(item.future, taken, item.future.set_exception, error)
 
-    def _settle(self, settle: Callable, value: Embedding | BaseException) -> None:
+    def _settle(self, future: Future, taken: bool, settle: Callable, value: Embedding | BaseException) -> None:
         try:
             settle(value)
-        except InvalidStateError:
-            pass  # another thread was faster, or a cancel()
+        except InvalidStateError:  # another thread was faster, or a cancel()
+            if taken and future.cancelled():
+                future.set_running_or_notify_cancel()
         except BaseException:  # concurrent.futures logs a callback's Exception itself
             log.exception("a callback of an image's future failed")
 
@@ -255,7 +259,7 @@ class Engine:
             with self._lock:
                 now = clock()
                 chosen, expired, pause = self._batcher.take(now, flush=self.closed)
-                items = [i for i in chosen if i.future in self._items and i.future.set_running_or_notify_cancel()]
+                items = [item for item in chosen if self._begin(item.future)]
                 if chosen or expired:
                     self._work.notify_all()
                 elif not wait or (self.closed and not self._items):
@@ -266,6 +270,15 @@ class Engine:
                 self._fail(item, "deadline", _late(item, now))
             if items:
                 return items
+
+    def _begin(self, future: Future) -> bool:
+        """Whether an image is still wanted; from here on it can't be cancelled."""
+        if future not in self._items:
+            return False
+        running = future.set_running_or_notify_cancel()
+        if not running:
+            self._take_out(future)
+        return running
 
     def _start(self, items: list[Item]) -> Batch:
         batch = Batch(items, clock())

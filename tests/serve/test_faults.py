@@ -10,7 +10,7 @@ import random
 import threading
 import tracemalloc
 import weakref
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from contextlib import nullcontext
 
 import pytest
@@ -18,7 +18,7 @@ import torch
 
 from radio_fast import Embedder
 from radio_fast.images import ImageError
-from radio_fast.serve import compute, engine
+from radio_fast.serve import compute
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, QueueFull
 from tests.serve.models import SIDE, TIMEOUT, Gate, Reader, encoded, numbered, tiny
 
@@ -377,6 +377,7 @@ def test_ten_thousand_images_and_every_fault(seed, caplog):
             assert not thread.is_alive()
         stop.set()
         killing.join(TIMEOUT)
+        assert not wait([future for _, future, _ in outcomes.values()], TIMEOUT).not_done
         ended: dict[str, int] = {}
         for number, (kind, future, cancelled) in outcomes.items():
             try:
@@ -499,10 +500,15 @@ def test_two_batches_are_under_way_at_a_time():
     futures = [embedder.submit(numbered(n)) for n in range(6)]
     idle = threading.Event()
     real = inner._work.wait
-    inner._work.wait = lambda: (idle.set(), real())
-    inner._lock.acquire()
-    inner._work.notify_all()
-    inner._lock.release()
+
+    def wait_for_work() -> None:
+        if not inner._undecoded and inner._batcher.tokens == 16:  # [0, 1] are in the model's hands, the others ready
+            idle.set()
+        real()
+
+    inner._work.wait = wait_for_work
+    with inner._lock:
+        inner._work.notify_all()
     assert idle.wait(TIMEOUT)
     go.set()
     assert [number_of(f.result(TIMEOUT)) for f in futures] == list(range(6))
@@ -538,4 +544,37 @@ def test_a_batch_that_fails_when_it_is_waited_for():
                 assert "an error of the device" in str(future.exception(TIMEOUT))
             else:
                 assert number_of(future.result(TIMEOUT)) == n
-    assert engine.AHEAD == 2
+
+
+def test_a_batch_started_before_memory_ran_out_for_another():
+    """Its size says nothing new: the budget neither falls twice nor rises again."""
+    embedder = reader(max_tokens=16, max_wait_ms=60_000)
+    runner, second = embedder._engine._runner, threading.Event()
+
+    class Late:
+        depth = 2
+
+        def start(self, pixels, wanted, budget):
+            finish = runner.start(pixels, wanted, budget)
+            if embedder.model.batches[-1] != [0, 1, 2, 3]:
+                second.set()
+
+            def end():
+                assert second.wait(TIMEOUT)
+                if len(pixels) > 1:
+                    raise torch.OutOfMemoryError
+                return finish()
+
+            return end
+
+    embedder._engine._runner = Late()
+    with embedder._engine._lock:  # both are there before the model's thread looks
+        futures = [embedder.submit(numbered(n)) for n in range(8)]
+        for item in [*embedder._engine._undecoded.values()]:
+            embedder._engine._undecoded.popitem(last=False)
+            embedder._engine._decoded(item, embedder._engine._read(item.source, item.size_of))
+    assert [number_of(f.result(TIMEOUT)) for f in futures] == list(range(8))
+    assert embedder.model.batches[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    snapshot = embedder.metrics.snapshot()
+    assert snapshot.out_of_memory == 2 and embedder.max_tokens == snapshot.token_budget == 4
+    embedder.close()
