@@ -36,7 +36,7 @@ class ApiError(HTTPException):
     def response(self) -> Response:
         kind = _TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
         error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
-        # In ASCII, as json.dumps has it: not all that a message may quote has a UTF-8, half of a surrogate pair has none.
+        # In ASCII, as json.dumps has it: half of a surrogate pair, which a message may quote, has no UTF-8.
         return Response(
             json.dumps({"error": error}), self.status_code, dict(self.headers), media_type="application/json"
         )
