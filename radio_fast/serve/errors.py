@@ -36,9 +36,10 @@ class ApiError(HTTPException):
     def response(self) -> Response:
         kind = _TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
         error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
-        # Escaped to ASCII: a message may quote what has no UTF-8, such as half of a surrogate pair.
-        content = json.dumps({"error": error})
-        return Response(content, self.status_code, dict(self.headers), media_type="application/json")
+        # In ASCII, as json.dumps has it: half of a surrogate pair, which a message may quote, has no UTF-8.
+        return Response(
+            json.dumps({"error": error}), self.status_code, dict(self.headers), media_type="application/json"
+        )
 
 
 def client_gone() -> ApiError:

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import python_multipart  # noqa: F401 (Starlette would miss it at the first request)
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -295,8 +295,8 @@ async def _uploaded(request: Request) -> list[bytes]:
     parser.spool_max_size = 2**62  # the body is small enough for memory; the disk would be slower
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        raise ApiError(400, "invalid_multipart", error.message) from None
+    except (MultiPartException, FormParserError) as error:
+        raise ApiError(400, "invalid_multipart", str(getattr(error, "message", error))[:200]) from None
     try:
         images = [part for name, part in form.multi_items() if name == "images" and isinstance(part, UploadFile)]
         if not images or len(images) != len(form.multi_items()):

@@ -90,7 +90,7 @@ class Scripted:
         self.script = script
         self.futures: list[Future] = []
         self.options: list[dict] = []
-        self.metrics = Metrics(1024)
+        self.metrics = Metrics(1024, int)
 
     def warm_up(self) -> None:
         pass

@@ -115,8 +115,8 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "python_multipart", "prometheus_client"])
 def test_a_missing_extra(package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    for name in [name for name in sys.modules if name.startswith("radio_fast.serve.")]:
+    for name in [name for name in sys.modules if name.startswith(("radio_fast.serve.", f"{package}."))]:
         monkeypatch.delitem(sys.modules, name)
-    said = run(CHECKPOINT, "--port", "0")
+    monkeypatch.setitem(sys.modules, package, None)
+    said = run("missing.pth", "--port", "0")
     assert "pip install 'radio_fast[serve]'" in said and package in said

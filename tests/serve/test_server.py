@@ -479,7 +479,7 @@ def test_a_client_that_goes_takes_its_images_back(path):
     kind = "application/json"
     if path == "/embed":
         body, kind = part("images", b"1") + part("images", b"2") + b"--X--\r\n", "multipart/form-data; boundary=X"
-    with serving(embedder) as running:
+    with serving(embedder, deadline=600) as running:
         with socket.create_connection(("127.0.0.1", running.port)) as connection:
             head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
@@ -590,14 +590,16 @@ def test_a_signal_lets_requests_finish():
         assert running.ended()
 
 
-def test_a_drain_is_bounded():
-    """What is not done by then fails, with an answer."""
+@pytest.mark.parametrize(("drain_seconds", "signals"), [(0.2, 1), (600, 2)])
+def test_a_drain_is_bounded(drain_seconds, signals):
+    """By its time, and by a second signal: what is not done by then fails, with an answer."""
     embedder = Scripted()
-    with serving(embedder, drain_seconds=0.2) as running, ThreadPoolExecutor(1) as pool:
+    with serving(embedder, drain_seconds=drain_seconds) as running, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(httpx.post, f"{running.url}/embed", files=files(b"x"), timeout=60)
         until(lambda: embedder.futures)
-        running.signal()
-        assert accepted.result().status_code == 503
+        for _ in range(signals):
+            running.signal()
+        assert accepted.result(30).status_code == 503
         assert running.ended()
 
 
