@@ -74,19 +74,11 @@ def test_every_operation(description, method, path, mode):
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     def ask(case):
-        case.call_and_validate(headers=KEY)
+        statuses.append(case.call_and_validate(headers=KEY).status_code)
 
+    statuses: list[int] = []
     ask()
-
-
-def test_requests_were_answered(server):
-    """Of the test before: not by errors alone."""
-    text = httpx.get(f"{server.url}/metrics", headers=KEY).text
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines())
-    for path in ("/embed", "/v1/embeddings"):
-        assert float(values[f'radio_fast_http_requests_total{{path="{path}",status="200"}}']) >= 3, path
-        assert float(values[f'radio_fast_http_requests_total{{path="{path}",status="400"}}']) >= 3, path
-        assert float(values[f'radio_fast_http_requests_total{{path="{path}",status="401"}}']) >= 1, path
+    assert statuses.count(400 if mode.is_negative else 200) >= len(statuses) / 3  # not other answers alone
 
 
 def test_what_it_says(server):
