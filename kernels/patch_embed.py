@@ -25,6 +25,8 @@ def _patch_embed_kernel(
     prefix_ptr,
     mean_ptr,
     std_ptr,
+    rows_ptr,
+    starts_ptr,
     out_ptr,
     M,
     T,
@@ -44,9 +46,13 @@ def _patch_embed_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CONDITIONER: tl.constexpr,
     IS_UINT8: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M of the M = B·T patches, or of the B·P prefix rows behind them; BLOCK_N of D channels."""
+    """BLOCK_M of the M = B·T patches, or of the B·P prefix rows behind them; BLOCK_N of D channels.
+
+    PACKED: M images of one patch each; rows (2, M) has their rows in pos and out, starts the images' first ones in out.
+    """
     # Channels run fastest: programs that run together share patches, which then come from L2.
     num_n: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     tile_m = tl.program_id(0) // num_n
@@ -58,7 +64,10 @@ def _patch_embed_kernel(
         offs_r = (tile_m - num_m) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (offs_r < PREFIX_ROWS)[:, None] & mask_n[None, :]
         prefix = tl.load(prefix_ptr + (offs_r % P)[:, None] * D + offs_n[None, :], mask=mask)
-        rows = (offs_r // P).to(tl.int64) * (P + T) + offs_r % P
+        if PACKED:
+            rows = tl.load(starts_ptr + offs_r // P, mask=offs_r < PREFIX_ROWS, other=0).to(tl.int64) + offs_r % P
+        else:
+            rows = (offs_r // P).to(tl.int64) * (P + T) + offs_r % P
         tl.store(out_ptr + rows[:, None] * D + offs_n[None, :], prefix, mask=mask)
         return
 
@@ -104,8 +113,12 @@ def _patch_embed_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if PACKED:
+        patch = tl.load(rows_ptr + offs_m, mask=mask_m, other=0)
     acc += tl.load(pos_ptr + patch.to(tl.int64)[:, None] * D + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     rows = image * (P + T) + P + patch
+    if PACKED:
+        rows = tl.load(rows_ptr + M + offs_m, mask=mask_m, other=0).to(tl.int64)
     tl.store(out_ptr + rows[:, None] * D + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -118,6 +131,8 @@ def patch_embed(
     patch_size: int,
     mean: Tensor | None,
     std: Tensor | None,
+    rows: Tensor | None,
+    starts: Tensor | None,
     sm: int,
 ) -> Tensor:
     """out[:, :P] = prefix;  out[:, P:] = patches((image − mean) / std) · weightᵀ + bias + pos.
@@ -125,14 +140,23 @@ def patch_embed(
     image: (B, 3, H, W), any strides, uint8 (÷ 255), float16, bfloat16 or float32. weight (D, 3·p·p), bias (D), pos
     (T, D), prefix (P, D): float16, bfloat16 or float32. mean, std: 3 float32 values. → (B, P + T, D) in weight's dtype.
     Normalised in float32 and rounded to weight's dtype; accumulated in float32, rounded once after bias and pos.
+
+    Packed: image (M, 3, p, p), the patches of several images; rows (2, M), int32, each patch's row in pos (any, D) and
+    in the result; starts (images + 1,), int32, the images' first rows there. → (M + images·P, D).
     """
     B, width = image.shape[0], image.shape[3]
     D, T, P = weight.shape[0], pos.shape[0], prefix.shape[0]
-    out = weight.new_empty((B, P + T, D))
+    if rows is None:
+        prefix_rows = B * P
+        out = weight.new_empty((B, P + T, D))
+    else:
+        T, prefix_rows = 1, (starts.shape[0] - 1) * P
+        rows, starts = rows.contiguous(), starts.contiguous()
+        out = weight.new_empty((B + prefix_rows, D))
     if out.numel() > 0:
         sizes = weight.element_size(), image.element_size()
         config = patch_embed_config(sm, *sizes, patch_size, B * T, image.stride(3))
-        tiles_m = triton.cdiv(B * T, config["BLOCK_M"]) + triton.cdiv(B * P, config["BLOCK_M"])
+        tiles_m = triton.cdiv(B * T, config["BLOCK_M"]) + triton.cdiv(prefix_rows, config["BLOCK_M"])
         _patch_embed_kernel[(tiles_m * triton.cdiv(D, config["BLOCK_N"]),)](
             image,
             weight.contiguous(),
@@ -141,18 +165,21 @@ def patch_embed(
             prefix.contiguous(),
             None if mean is None else mean.contiguous(),
             None if std is None else std.contiguous(),
+            rows,
+            starts,
             out,
             B * T,
             T,
             P,
             width // patch_size,
-            B * P,
+            prefix_rows,
             *image.stride(),
             D=D,
             PATCH=patch_size,
             HAS_BIAS=bias is not None,
             HAS_CONDITIONER=mean is not None,
             IS_UINT8=image.dtype == uint8,
+            PACKED=rows is not None,
             PRECISION=precision_of(weight.element_size()),
             **config,
         )
@@ -160,14 +187,15 @@ def patch_embed(
 
 
 def compile_cases(sm: int) -> list[Case]:
-    """Every tile of the table: p = 16 and 14; images in uint8, the model's dtype and float32; channels last."""
+    """Every tile of the table: p = 16 and 14; images in uint8, the model's dtype and float32; channels last; packed."""
     cases = []
     for dtype, size in {"fp16": 2, "bf16": 2, "fp32": 4}.items():
-        images = [(16, "u8", False), (14, "fp32", False)]
+        images = [(16, "u8", ""), (14, "fp32", ""), (16, "u8", "packed")]
         if dtype == "fp16":
-            images += [(16, "fp16", False), (14, "fp16", False), (16, "fp32", False), (14, "u8", False)]
+            images += [(16, "fp16", ""), (14, "fp16", ""), (16, "fp32", ""), (14, "u8", ""), (14, "fp32", "packed")]
         images = [(M, *image) for M in ((196, 16 * 1024) if size == 2 else (196,)) for image in images]
-        for M, p, image_dtype, nhwc in [*images, (196, 16, "u8", True), (196, 14, "fp32", True)]:
+        for M, p, image_dtype, layout in [*images, (196, 16, "u8", "nhwc"), (196, 14, "fp32", "nhwc")]:
+            nhwc, packed = layout == "nhwc", layout == "packed"
             image_size = {"u8": 1, "fp16": 2, "fp32": 4}[image_dtype]
             config = patch_embed_config(sm, size, image_size, p, M, 3 if nhwc else 1)
             num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
@@ -178,11 +206,15 @@ def compile_cases(sm: int) -> list[Case]:
             signature |= {"mean_ptr": "*fp32", "std_ptr": "*fp32"}
             signature |= dict.fromkeys(("M", "T", "P", "GRID_W", "PREFIX_ROWS"), "i32")
             signature |= dict.fromkeys(("stride_ib", "stride_ih", "stride_iw" if nhwc else "stride_ic"), "i32")
-            flags = {"HAS_BIAS": True, "HAS_CONDITIONER": True, "IS_UINT8": uint8_image}
+            flags = {"HAS_BIAS": True, "HAS_CONDITIONER": True, "IS_UINT8": uint8_image, "PACKED": packed}
             constexprs = {"D": D, "PATCH": p, "PRECISION": precision_of(size)} | config | flags
+            if packed:
+                signature |= dict.fromkeys(("rows_ptr", "starts_ptr"), "*i32")
+            else:
+                constexprs |= dict.fromkeys(("rows_ptr", "starts_ptr"))
             constexprs["stride_ic" if nhwc else "stride_iw"] = 1  # Triton makes a stride of 1 a constant
             macs = config["BLOCK_M"] * config["BLOCK_N"] * config["BLOCK_ROWS"] * config["BLOCK_P"]
-            label = f"{dtype} p={p} {image_dtype}{' nhwc' if nhwc else ''} M={M}"
+            label = f"{dtype} p={p} {image_dtype}{layout and ' '}{layout} M={M}"
             case = Case("patch_embed", label, _patch_embed_kernel, signature, constexprs, num_warps, num_stages, macs)
             cases.append(case)
     return cases

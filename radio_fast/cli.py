@@ -1,4 +1,4 @@
-"""The command line: radio-fast versions | info | embed | export | tune | doctor."""
+"""The command line: radio-fast versions | info | embed | serve | export | tune | doctor."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from radio_fast.checkpoint import read_checkpoint, state_of_checkpoint
 from radio_fast.cli_common import err, out, parse_resolution
 from radio_fast.cli_export import export
 from radio_fast.cli_ops import doctor_ops, tune_command
+from radio_fast.cli_serve import leave_cores_to_others, serve
 from radio_fast.doctor import examine
 from radio_fast.download import fetch_repo, is_repo_id
 from radio_fast.folder import read_folder
@@ -48,6 +49,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: what a user can put right is one line on stderr and exit code 1, not a traceback."""
+    if sys.argv[1:2] == ["serve"]:
+        leave_cores_to_others()
     try:
         app()
     except (ValueError, FileNotFoundError, radio_fast.DownloadError) as error:
@@ -256,6 +259,7 @@ def embed(
 
 
 app.command()(export)
+app.command()(serve)
 
 
 class _Arrays:

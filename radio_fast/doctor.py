@@ -114,6 +114,8 @@ def examine() -> list[Finding]:
         _package("triton", "triton", "the kernels need it; it comes with torch's CUDA builds"),
         _nvcc(),
         *map(_provider, PACKAGES),
+        _package("fastapi", "fastapi", "only radio-fast serve needs it: pip install 'radio_fast[serve]'"),
+        _package("ray", "ray", "only radio_fast.serve.ray needs it: pip install 'radio_fast[ray]'"),
         _package("transformers", "transformers", "only needed to compare against its RadioModel"),
         Finding("backend reference", torch_ok, "plain PyTorch, on any device that torch has"),
         _triton_backend(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,11 +11,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from radio_fast.layers.conditioner import InputConditioner
+from radio_fast.layers.packing import pack
 from radio_fast.models.adaptors import Adaptor, to_nchw
 from radio_fast.models.backbone import Backbone
 from radio_fast.models.eradio import ERADIO
 from radio_fast.models.intermediates import collect_intermediates, resolve_indices
 from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
+from radio_fast.models.packing import (
+    PackedOutput,
+    check_images,
+    check_patches,
+    cut,
+    glue,
+    in_groups,
+    packed_outputs,
+    read_grids,
+    to_float,
+)
 from radio_fast.models.registry import Resolution, Version
 from radio_fast.ops import _dispatch
 
@@ -173,10 +185,7 @@ class RADIOModel(nn.Module):
         check_choice("feature_fmt", feature_fmt, FEATURE_FORMATS)
         self._check_image(x)
         replayed = self._replay(RADIOModel.forward, x, feature_fmt)
-        if replayed is not None:
-            return replayed
-        tokens = self._compute(x, lambda dtype: self.model(x, self._conditioner(), dtype))
-        return self._outputs(tokens, *self.model.grid(x), feature_fmt)
+        return self._eager(x, feature_fmt)[1] if replayed is None else replayed
 
     def forward_tokens(
         self, x: Tensor, feature_fmt: str = "NLC"
@@ -187,10 +196,7 @@ class RADIOModel(nn.Module):
         check_choice("feature_fmt", feature_fmt, FEATURE_FORMATS)
         self._check_image(x)
         replayed = self._replay(RADIOModel.forward_tokens, x, feature_fmt)
-        if replayed is not None:
-            return replayed
-        tokens = self._compute(x, lambda dtype: self.model(x, self._conditioner(), dtype))
-        return tokens, self._outputs(tokens, *self.model.grid(x), feature_fmt)
+        return self._eager(x, feature_fmt) if replayed is None else replayed
 
     def forward_intermediates(
         self,
@@ -258,6 +264,54 @@ class RADIOModel(nn.Module):
             return intermediates
         return self._outputs(final, h, w, output_fmt), intermediates
 
+    def forward_packed(
+        self,
+        images: Sequence[Tensor] | Tensor,
+        image_grid_hw: Tensor | Sequence[Sequence[int]] | None = None,
+        feature_fmt: str = "NLC",
+    ) -> PackedOutput | dict[str, PackedOutput]:
+        """Embed images of several sizes in one pass, without padding: each gets what it would get alone.
+
+        The patches of all images lie in one row and attend inside their own image. E-RADIO's maps can't: its images
+        are grouped by size. CUDA graphs are not used.
+
+        Args:
+            images: list of (3, H, W), float in [0, 1] or uint8 (divided by 255). Beside `image_grid_hw`: their patches
+                (ΣT, 3·p·p), each image's row by row, the pixels of each ordered (channel, row, column).
+            image_grid_hw: (B, 2), the rows and columns of patches of each image; on the GPU it is waited for.
+            feature_fmt: "NLC": each image's features (T, D); "NCHW": (D, H/p, W/p).
+
+        Returns:
+            `PackedOutput(summary, features)`: (B, S·D), and a tuple of B tensors, parts of one; with adaptors a dict of
+            them, as in `forward`.
+
+        Raises:
+            ValueError: no image; one of a wrong rank, dtype, device or size, named by its number; grids that don't fit.
+        """
+        check_choice("feature_fmt", feature_fmt, FEATURE_FORMATS)
+        p = self.patch_size
+        if image_grid_hw is None:
+            check_images(images, self.model.device)
+            sizes = [(image.shape[1], image.shape[2]) for image in images]
+        else:
+            check_patches(images, p, self.model.device)
+            sizes = [(h * p, w * p) for h, w in read_grids(image_grid_hw, images.shape[0])]
+        for i, (H, W) in enumerate(sizes):
+            self._check_size(H, W, f"images[{i}]: ")
+        grids = tuple((H // p, W // p) for H, W in sizes)
+        conditioner = self._conditioner()
+        foreign = conditioner is not None and not isinstance(conditioner, InputConditioner)
+        if image_grid_hw is not None and (foreign or isinstance(self.model, ERADIO)):  # they take whole images
+            images, image_grid_hw = glue(images, grids, p), None
+        if isinstance(self.model, ERADIO):
+            return in_groups(images, lambda x: self._eager(x, feature_fmt)[1])
+        if foreign:
+            images, conditioner = [conditioner(to_float(image).unsqueeze(0))[0] for image in images], None
+        packing = pack(grids, self.model.num_prefix, self.model.device, self.window_size)
+        patches = cut(images, p) if image_grid_hw is None else images.unflatten(1, (3, p, p))
+        tokens = self._compute(patches, lambda dtype: self.model(patches, conditioner, dtype, packing))
+        return packed_outputs(self, tokens[0], packing, feature_fmt)
+
     # -- pieces -----------------------------------------------------------------------------------------------------
 
     def _replay(self, method: Callable, x: Tensor, *args) -> Any:
@@ -265,6 +319,10 @@ class RADIOModel(nn.Module):
         if torch.compiler.is_compiling() or self.graphs is None:
             return None
         return self.graphs.run(self, method, x, args)
+
+    def _eager(self, x: Tensor, fmt: str) -> tuple[Tensor, RadioOutput | dict[str, RadioOutput]]:
+        tokens = self._compute(x, lambda dtype: self.model(x, self._conditioner(), dtype))
+        return tokens, self._outputs(tokens, *self.model.grid(x), fmt)
 
     def _compute(self, x: Tensor, run: Callable[[torch.dtype | None], Any]) -> Any:
         """run(dtype): tokens, computed in autocast's dtype without PyTorch's autocast where kernels may run, which it
@@ -302,20 +360,22 @@ class RADIOModel(nn.Module):
             raise ValueError(f"x must have 3 channels (RGB) in dimension 1, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must be a float tensor in [0, 1], got {x.dtype}: convert with x.float() / 255")
-        H, W = x.shape[2:]
+        self._check_size(*x.shape[2:])
+        device = self.model.device
+        if x.device != device:
+            raise ValueError(f"x is on {x.device} and the model on {device}: move one of them with .to(...)")
+
+    def _check_size(self, H: int, W: int, which: str = "") -> None:
         step = self.min_resolution_step
         if H % step or W % step or not H or not W:
             near = self.get_nearest_supported_resolution(H, W)
             raise ValueError(
-                f"image height and width must be multiples of {step} pixels ({self.model.step_reason}), got {H} × {W}; "
-                f"the nearest supported size is {near.height} × {near.width}"
+                f"{which}image height and width must be multiples of {step} pixels ({self.model.step_reason}), "
+                f"got {H} × {W}; the nearest supported size is {near.height} × {near.width}"
             )
         side = self.model.only_size
         if side is not None and not side == H == W:
-            raise ValueError(f"this model has no CPE and takes only {side} × {side} images, got {H} × {W}")
-        device = self.model.device
-        if x.device != device:
-            raise ValueError(f"x is on {x.device} and the model on {device}: move one of them with .to(...)")
+            raise ValueError(f"{which}this model has no CPE and takes only {side} × {side} images, got {H} × {W}")
 
     def _backbone_output(self, tokens: Tensor, h: int, w: int, fmt: str, per_block: bool = False) -> RadioOutput:
         prefix, features = self.model.split(tokens)

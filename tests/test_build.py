@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNEL = 'extern "C" __global__ void k(int *p) { *p = 1; }\n'
 COPIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "csrc", "radio_fast")
+PAGE = {f"radio_fast/serve/page/{name}" for name in ("index.html", "page.js", "page.css")}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA extension is for Linux")
 needs_nvcc = pytest.mark.skipif(
@@ -115,6 +116,7 @@ def test_a_wheel_made_from_the_sdist_has_the_library(tree, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert "radio_fast/libradio_fast_cuda.so" in names and "radio_fast/kernels/attention.py" in names
+        assert set(names) >= PAGE
         assert not any(name.startswith("csrc") or name.endswith("cuda.txt") for name in names)
         library = Path(archive.extract("radio_fast/libradio_fast_cuda.so", tmp_path))
     assert architectures(library) == "80 90"
@@ -148,6 +150,7 @@ def test_without_a_compiler_it_installs_and_says_so_once(tree, bare):
     with zipfile.ZipFile(wheel) as archive:
         reason = archive.read("radio_fast/libradio_fast_cuda.txt").decode()
         assert "radio_fast/libradio_fast_cuda.so" not in archive.namelist()
+        assert set(archive.namelist()) >= PAGE
     assert reason.startswith("neither nvcc") and reason.count("\n") == 1
     said = backend(tree, "build_wheel", python=python, fails=True, RADIO_FAST_CUDA_ARCHS="80", **bare)
     assert "RADIO_FAST_CUDA_ARCHS is set, but neither nvcc" in said

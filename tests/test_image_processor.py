@@ -145,7 +145,7 @@ REFUSED = {
     "nested": (lambda p: [[SMALL]], "an image must be a PIL image, an array, a tensor, a path or bytes, got list"),
     "number": (lambda p: [5], "an image must be a PIL image, .*, got int"),
     "no file": (lambda p: p / "absent.png", "absent.png"),
-    "no image": (lambda p: b"\x00" * 100, "cannot identify image"),
+    "no image": (lambda p: b"\x00" * 100, "no image of a known kind"),
     "cut file": (broken, "cut.jpg: "),
     "cut picture": (lambda p: Image.open(broken(p)), "the picture can't be read: "),
     "four channels": (lambda p: np.zeros((8, 8, 4), np.uint8), r"shape \(H, W, 3\), .*, got \(8, 8, 4\)"),

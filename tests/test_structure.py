@@ -79,7 +79,8 @@ after = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabl
          torch.backends.cuda.matmul.allow_tf32, torch.random.get_rng_state().sum())
 assert before == after, (before, after)
 assert not torch.cuda.is_initialized()
-extras = {"typer", "rich", "PIL", "transformers", "open_clip", "onnx", "onnxscript", "onnxruntime"}
+extras = {"typer", "rich", "PIL", "transformers", "open_clip", "onnx", "onnxscript", "onnxruntime",
+          "fastapi", "uvicorn", "prometheus_client", "ray"}
 loaded = extras & set(sys.modules)
 assert not loaded, loaded
 """

@@ -6,6 +6,7 @@ from radio_fast import ops
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.mlp import Mlp, SwiGLU, add_norm, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
+from radio_fast.layers.packing import Segments
 
 
 class Block(nn.Module):
@@ -29,7 +30,10 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x: Tensor, window: tuple[int, int, int] | int | None = None, branch: Tensor | None = None
+        self,
+        x: Tensor,
+        window: tuple[int, int, int] | Segments | int | None = None,
+        branch: Tensor | None = None,
     ) -> Tensor:
         """`window`: what `attn.mix` takes. `branch`: added to x first, in the pass that normalises."""
         if self.fuse_norm:
@@ -46,7 +50,7 @@ class Block(nn.Module):
         x: Tensor,
         normed: Tensor | None,
         after: LayerNorm | DynamicTanh | None,
-        window: tuple[int, int, int] | int | None = None,
+        window: tuple[int, int, int] | Segments | int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(the block's output, `after` of it: the next block's norm1, or None).
 
@@ -66,3 +70,12 @@ class Block(nn.Module):
         y = self.attn.proj(self.attn.mix(self.attn.qkv.after_norm(x, mean, rstd, self.norm1), window))
         x, mean, rstd = ops.add_norm_stats(x, y, None, self.norm2.eps, backend=backend)
         return self.mlp.contract(self.mlp.expand.after_norm(x, mean, rstd, self.norm2), x, None)[0]
+
+
+def call(block: nn.Module, x: Tensor, window: tuple[int, int, int] | Segments | None) -> Tensor:
+    """block(x, window), where what stands in the block's place, or around it, may know nothing of packed images."""
+    if window is None:
+        return block(x)
+    if isinstance(window, Segments) and not isinstance(block, Block):
+        return window.apart(block, x)
+    return block(x, window)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from radio_fast import ops
 from radio_fast.layers.cache import TensorCache
 from radio_fast.layers.conditioner import InputConditioner
+from radio_fast.layers.packing import Packing
 from radio_fast.ops._state import cacheable
 
 
@@ -18,7 +21,7 @@ class PrefixTokens(nn.Module):
 
 
 class PatchGenerator(nn.Module):
-    """Image → (B, P + T, D): patch projection, position by the CPE rule, prefix tokens in front.
+    """Image (or packed patches) → (B, P + T, D): patch projection, position by the CPE rule, prefix tokens in front.
 
     `resize_square=False` and `fixed_size=True` are the two exceptions to the CPE rule: a table already at the
     architecture's own image size, and a plain ViT whose image size can't change.
@@ -60,28 +63,58 @@ class PatchGenerator(nn.Module):
 
     def positions(self, h: int, w: int, dtype: torch.dtype | None = None) -> Tensor:
         """(h·w, D) in `dtype` (the table's if None), computed once per size while the table stays as it is."""
+        return self._positions([(h, w)], dtype)[0]
+
+    def _positions(self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype | None) -> list[Tensor]:
+        """`positions` of each size; those that are not there yet by one launch."""
         table = self.pos_embed
         dtype = dtype or table.dtype
         if not cacheable(table):
-            return ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend).to(dtype)
-        key, stamp = (h, w, dtype, table.device), (table.data_ptr(), table._version)
-        pos = self._pos_cache.get(key, stamp)
-        if pos is None:
+            return self._resized(sizes, dtype)
+        stamp = table.data_ptr(), table._version
+        keys = [(h, w, dtype, table.device) for h, w in sizes]
+        found = {key: self._pos_cache.get(key, stamp) for key in keys}
+        missing = [key for key in keys if found[key] is None]
+        if missing:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used under autograd
-                pos = ops.pos_embed(table[0], h, w, self.resize_square, backend=self.backend).to(dtype)
-            self._pos_cache.put(key, stamp, pos)
-        return pos
+                made = self._resized([key[:2] for key in missing], dtype)
+                if len(made) > 1:  # each is kept, and freed, for itself
+                    made = [pos.clone() for pos in made]
+            for key, pos in zip(missing, made, strict=True):
+                self._pos_cache.put(key, stamp, pos)
+                found[key] = pos
+        return [found[key] for key in keys]
 
-    def forward(self, image: Tensor, conditioner: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """`dtype`: of the result, and what is computed in; the weights' own if None."""
+    def _resized(self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+        pos = ops.pos_embed_varlen(self.pos_embed[0], [*sizes], self.resize_square, backend=self.backend).to(dtype)
+        return [pos] if len(sizes) == 1 else [*pos.split([h * w for h, w in sizes])]
+
+    def forward(
+        self,
+        image: Tensor,
+        conditioner: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """`dtype`: of the result, and what is computed in; the weights' own if None.
+
+        `packing`: of `image`, the patches (ΣT, 3, p, p) of several images, → (1, Σ(P + T), D).
+        """
         mean = std = None
         if isinstance(conditioner, InputConditioner):
             mean, std = conditioner.norm_mean, conditioner.norm_std
         elif conditioner is not None:
             image = conditioner(image)
-        h, w = (side // self.patch_size for side in image.shape[2:])
         weight, bias, prefix = self.embedder.weight, self.embedder.bias, self.cls_token.token
-        pos = self.positions(h, w, dtype)
+        if packing is None:
+            h, w = (side // self.patch_size for side in image.shape[2:])
+            pos = self.positions(h, w, dtype)
+        else:
+            parts = self._positions(packing.sizes, dtype)
+            pos = parts[0] if len(parts) == 1 else torch.cat(parts)
         if dtype is not None and dtype != weight.dtype:
             weight, bias, prefix = (None if t is None else t.to(dtype) for t in (weight, bias, prefix))
-        return ops.patch_embed(image, weight, bias, pos, prefix, self.patch_size, mean, std, backend=self.backend)
+        args = image, weight, bias, pos, prefix, self.patch_size, mean, std
+        if packing is None:
+            return ops.patch_embed(*args, backend=self.backend)
+        return ops.patch_embed(*args, packing.rows, packing.tokens.cu_seqlens, backend=self.backend).unsqueeze(0)

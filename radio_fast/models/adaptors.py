@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.block import Block
+from radio_fast.layers.block import Block, call
 from radio_fast.layers.mlp import Mlp
 from radio_fast.layers.norm import LayerNorm
+from radio_fast.layers.packing import Packing, Segments
 from radio_fast.models.text import TextTower, normalized
 
 HEAD_EPS = 1e-5
@@ -72,9 +74,9 @@ class AttnHead(nn.Module):
         self.blocks = nn.ModuleList(head_block(dim, hidden, qkv_bias) for _ in range(num_blocks))
         self.mlp = mlp
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, window: Segments | None = None) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = call(block, x, window)
         return self.mlp(x)
 
 
@@ -106,8 +108,8 @@ def build_head(state: Mapping[str, Tensor]) -> nn.Module:
     return MlpV1(dim, hidden, state["fc2.weight"].shape[0], _count(state, "inner"))
 
 
-def _run(head: nn.Module, x: Tensor) -> Tensor:
-    return head(x.to(next(head.parameters()).dtype)).float()
+def _run(head: nn.Module, x: Tensor, *window: Segments) -> Tensor:
+    return head(x.to(next(head.parameters()).dtype), *window).float()
 
 
 class Adaptor(nn.Module):
@@ -126,17 +128,38 @@ class Adaptor(nn.Module):
         self.token_slot = token_slot
         self.upsample = upsample
 
-    def forward(self, prefix: Tensor, features: Tensor, h: int, w: int, feature_fmt: str) -> tuple[Tensor, Tensor]:
-        """(summary, features), float32: (B, S) and (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW"."""
+    def forward(
+        self,
+        prefix: Tensor,
+        features: Tensor,
+        h: int | None,
+        w: int | None,
+        feature_fmt: str,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+        """(summary, features), float32: (B, S) and (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW".
+
+        `packing`: of features (1, ΣT, D) of images of several sizes; there is then a tuple of each one's, without B.
+        """
         summary = _run(self.head_mlp, prefix[:, self.token_slot])
-        y = _run(self.feat_mlp, features)
+        if packing is None:
+            return summary, self._spread(_run(self.feat_mlp, features), h, w, feature_fmt)
+        if isinstance(self.feat_mlp, AttnHead):
+            y = _run(self.feat_mlp, features, packing.patches)
+        elif isinstance(self.feat_mlp, (MlpV1, MlpV2)):
+            y = _run(self.feat_mlp, features)
+        else:  # whatever has been put in its place may mix an image's tokens
+            y = packing.patches.apart(partial(_run, self.feat_mlp), features)
+        parts = zip(y.split(packing.patches.lengths, dim=1), packing.grids, strict=True)
+        return summary, tuple(self._spread(part, *grid, feature_fmt)[0] for part, grid in parts)
+
+    def _spread(self, y: Tensor, h: int, w: int, feature_fmt: str) -> Tensor:
+        """(B, T, u·u·C) → (B, h·u·w·u, C), or (B, C, h·u, w·u) for "NCHW"."""
         u, B = self.upsample, y.shape[0]
         if u > 1:
             width = y.shape[-1] // u**2  # no −1: it has no answer for an empty batch
-            y = y.view(B, h, w, u, u, width).transpose(2, 3).reshape(B, h * u * w * u, width)
-        if feature_fmt == "NCHW":
-            y = to_nchw(y, h * u, w * u)
-        return summary, y
+            y = y.reshape(B, h, w, u, u, width).transpose(2, 3).reshape(B, h * u * w * u, width)
+        return to_nchw(y, h * u, w * u) if feature_fmt == "NCHW" else y
 
 
 class TextAdaptor(Adaptor):

@@ -313,7 +313,7 @@ class ERADIO(Backbone):
         warnings.warn(
             f"attention windows of {shown} × {shown} don't fit the maps of a {H} × {W} image: they are resized to what "
             f"does, and back, which takes time and blurs. {instead}images of {near} would need no resizing",
-            stacklevel=11,  # the call of the model
+            stacklevel=12,  # the call of the model
         )
 
     # -- forward ----------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from torch import Tensor, cat, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.block import Block
+from radio_fast.layers.block import Block, call
 from radio_fast.layers.mlp import Mlp, SwiGLU, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
+from radio_fast.layers.packing import Packing, Segments
 from radio_fast.layers.patch_embed import PatchGenerator
 from radio_fast.models.backbone import Backbone
 from radio_fast.models.registry import ViTDet
@@ -47,6 +48,10 @@ def windowed_blocks(depth: int, rule: ViTDet) -> frozenset[int]:
             f"none; use a smaller num_global or num_windowed ≥ 1"
         )
     return frozenset(i for i in range(depth - 1) if i % period != period - 1)
+
+
+def _put_back(prefix: Tensor, patches: Tensor) -> Tensor:
+    return cat([prefix, patches], dim=1)
 
 
 class VisionTransformer(Backbone):
@@ -98,29 +103,58 @@ class VisionTransformer(Backbone):
 
         While blocks attend inside windows, the prefix tokens are set aside and pass unchanged.
         """
+        return self._run(x, None, (h, w, self.window_size), self.split, _put_back, last, visit)
+
+    def run_packed(self, x: Tensor, packing: Packing) -> Tensor:
+        """All blocks on x (1, Σ(P + T), D), the tokens of images of several sizes.
+
+        While blocks attend inside windows, they get a batch of these, and the tokens in one row are set aside.
+        """
+        return self._run(x, packing.tokens, None, lambda x: (x, packing.windows(x)), packing.put_back)
+
+    def _run(
+        self,
+        x: Tensor,
+        everywhere: Segments | None,
+        inside: tuple[int, int, int] | None,
+        part: Callable[[Tensor], tuple[Tensor, Tensor]],
+        put_back: Callable[[Tensor, Tensor], Tensor],
+        last: int | None = None,
+        visit: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The blocks with `window` = everywhere, or inside on the second part of x if they are windowed."""
         last = len(self.blocks) - 1 if last is None else last
         called = not torch.compiler.is_compiling() and _has_any_global_hook()  # whoever hooks all modules sees blocks
         aside = normed = None
         for i, block in enumerate(self.blocks):
             windowed = i in self.windowed
             if windowed and aside is None:
-                aside, x = self.split(x)
+                aside, x = part(x)
             elif aside is not None and not windowed:
-                aside, x = None, cat([aside, x], dim=1)
-            window = (h, w, self.window_size) if windowed else None
+                aside, x = None, put_back(aside, x)
+            window = inside if windowed else everywhere
             if called or not untouched(block, Block) or block.fuse_norm:
-                x, normed = block(x) if window is None else block(x, window), None
+                x, normed = call(block, x, window), None
             else:
                 after = None
                 if i < last and windowed == (i + 1 in self.windowed):  # the next block takes the same tokens
                     after = self.blocks[i + 1].norm1 if untouched(self.blocks[i + 1], Block) else None
                 x, normed = block.step(x, normed, after, window)
             if visit is not None:
-                visit(i, x if aside is None else cat([aside, x], dim=1))
+                visit(i, x if aside is None else put_back(aside, x))
             if i == last:
                 break
-        return x if aside is None else cat([aside, x], dim=1)
+        return x if aside is None else put_back(aside, x)
 
-    def forward(self, image: Tensor, conditioner: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        conditioner: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """`packing`: of `image`, the patches (ΣT, 3, p, p) of several images, → (1, Σ(P + T), D)."""
+        if packing is not None:
+            return self.norm(self.run_packed(self.patch_generator(image, conditioner, dtype, packing), packing))
         x = self.patch_generator(image, conditioner, dtype)
         return self.norm(self.run_blocks(x, *self.grid(image)))

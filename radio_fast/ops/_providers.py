@@ -37,13 +37,13 @@ def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
 
 
-def _sdpa(name: str, qkv: Tensor, num_heads: int, cu_seqlens=None, max_seqlen=None, window=None) -> Tensor:
+def _sdpa(name: str, qkv: Tensor, num_heads: int, *packed_or_window: None) -> Tensor:
     operator, arguments = SDPA[name]
     q, k, v = (t.transpose(1, 2) for t in _heads(qkv, num_heads))
     return getattr(torch.ops.aten, operator)(q, k, v, *arguments)[0].transpose(1, 2).flatten(2)
 
 
-def _package(name: str, qkv: Tensor, num_heads: int, cu_seqlens=None, max_seqlen=None, window=None) -> Tensor:
+def _package(name: str, qkv: Tensor, num_heads: int, *packed_or_window: None) -> Tensor:
     out = _function(name)(*_heads(qkv, num_heads))
     return (out[0] if isinstance(out, tuple) else out).flatten(2)  # some return the log-sum-exp too
 

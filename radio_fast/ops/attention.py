@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +44,13 @@ def attention_ref(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: tuple[int, int, int] | None = None,
+    seqlens: tuple[int, ...] | None = None,
 ) -> Tensor:
     if cu_seqlens is not None:
-        parts = qkv.tensor_split(cu_seqlens[1:-1].tolist())
-        return torch.cat([attention_ref(part.unsqueeze(0), num_heads)[0] for part in parts])
+        runs = [(N, len([*same])) for N, same in groupby(cu_seqlens.diff().tolist() if seqlens is None else seqlens)]
+        parts = qkv.split([N * images for N, images in runs])
+        parts = [part.unflatten(0, (run[1], run[0])) for part, run in zip(parts, runs, strict=True)]
+        return torch.cat([attention_ref(part, num_heads).flatten(0, 1) for part in parts])
     if window is not None:
         return from_windows(attention_ref(to_windows(qkv, *window), num_heads), *window)
     B, N, width = qkv.shape
@@ -84,6 +88,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     window: tuple[int, int, int] | None = None,
+    seqlens: tuple[int, ...] | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -95,6 +100,7 @@ def attention(
         cu_seqlens: (images + 1,) int32, where each packed image begins: 0, …, tokens. None: B images of N tokens.
         max_seqlen: the longest packed image's tokens; read off `cu_seqlens`, at the cost of a synchronisation, if None.
         window: (h, w, k): the N = h·w tokens are a grid, row by row, and attend inside windows of k × k.
+        seqlens: each packed image's tokens, for plain PyTorch, which else reads them off `cu_seqlens` as well.
 
     Returns:
         (B, N, H·d), or (tokens, H·d), in qkv's dtype; the softmax is float32.
@@ -113,14 +119,25 @@ def attention(
     limits["reference"] = None
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
         raise ValueError(f"max_seqlen must be the longest packed image's tokens, got {max_seqlen!r}")
-    return ATTENTION(backend, (qkv, num_heads, cu_seqlens, max_seqlen, window), limits)
+    if seqlens is not None:
+        if cu_seqlens is None:
+            raise ValueError("seqlens go with cu_seqlens")
+        images, tokens = cu_seqlens.shape[0] - 1, qkv.shape[0]
+        if len(seqlens) != images or sum(seqlens) != tokens:
+            raise ValueError(f"seqlens must have the {images} packed images' tokens, {tokens} together, got {seqlens}")
+    return ATTENTION(backend, (qkv, num_heads, cu_seqlens, max_seqlen, window, seqlens), limits)
 
 
 # -- implementations -------------------------------------------------------------------------------------------
 
 
 def _key(
-    qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None, window: tuple | None
+    qkv: Tensor,
+    num_heads: int,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    window: tuple | None,
+    seqlens: tuple | None,
 ) -> str | None:
     """Packed images are not measured: their lengths vary from call to call."""
     if cu_seqlens is not None or qkv.ndim != 3:
@@ -132,7 +149,12 @@ def _key(
 
 def _call(operator) -> Callable[..., Tensor]:
     def run(
-        qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None, window: tuple | None
+        qkv: Tensor,
+        num_heads: int,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        window: tuple | None,
+        seqlens: tuple | None,
     ) -> Tensor:
         if cu_seqlens is not None and max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())

@@ -1,4 +1,7 @@
-"""Image to block input: normalise, cut into patches, project, add positions, put the prefix in front."""
+"""Image to block input: normalise, cut into patches, project, add positions, put the prefix in front.
+
+For images of one size, or for the patches of images of several sizes.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,27 @@ def patch_embed_ref(
     patch_size: int,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    rows: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     if image.dtype == torch.uint8:
         image = image.float() / 255
     if mean is not None:
         image = (image.float() - mean) / std
-    patches = F.linear(patchify(image.to(weight.dtype), patch_size), weight, bias) + pos
+    patches = F.linear(patchify(image.to(weight.dtype), patch_size), weight, bias)
+    if rows is not None:
+        patches = patches.squeeze(1) + pos.index_select(0, rows[0])
+        images, P = starts.shape[0] - 1, prefix.shape[0]
+        first = starts[:-1, None] + torch.arange(P, device=starts.device)
+        out = patches.new_empty((patches.shape[0] + images * P, patches.shape[1]))
+        out = out.index_copy(0, rows[1].long(), patches)
+        return out.index_copy(0, first.flatten(), prefix.to(patches.dtype).repeat(images, 1))
+    patches = patches + pos
     prefix = prefix.to(patches.dtype).expand(patches.shape[0], -1, -1)
     return torch.cat([prefix, patches], dim=1)
 
 
-def _limit(image, weight, bias, pos, prefix, patch_size, mean, std) -> str | None:
+def _limit(image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts) -> str | None:
     p = patch_size
     if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % p or image.shape[3] % p:
         return f"image must have shape (B, 3, H, W), H and W multiples of {p}, got {tuple(image.shape)}"
@@ -49,6 +62,18 @@ def _limit(image, weight, bias, pos, prefix, patch_size, mean, std) -> str | Non
     if weight.ndim != 2 or weight.shape[1] != 3 * p * p:
         return f"weight must have shape (D, {3 * p * p}), got {tuple(weight.shape)}"
     D, T = weight.shape[0], image.shape[2] * image.shape[3] // p**2
+    if (rows is None) != (starts is None):
+        return "rows and starts go together"
+    if rows is not None:
+        if T != 1:
+            return f"packed patches must have shape (T, 3, {p}, {p}), got {tuple(image.shape)}"
+        T = pos.shape[0]
+        for name, tensor, shape in (("rows", rows, (2, image.shape[0])), ("starts", starts, starts.shape[:1])):
+            if tensor.dtype != torch.int32 or tensor.shape != shape or tensor.device != image.device:
+                got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+                return f"{name} must be int32 of shape {tuple(shape)} on {image.device}, got {got}"
+        if not starts.shape[0]:
+            return "starts must be of shape (images + 1,), got (0,)"
     if pos.shape != (T, D) or prefix.ndim != 2 or prefix.shape[1] != D:
         return f"pos and prefix must have shapes ({T}, {D}) and (P, {D}), got {tuple(pos.shape)}, {tuple(prefix.shape)}"
     if bias is not None and bias.shape != (D,):
@@ -70,6 +95,8 @@ def patch_embed(
     patch_size: int,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    rows: Tensor | None = None,
+    starts: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -82,37 +109,46 @@ def patch_embed(
         pos: (T, D), positions of this image size.
         prefix: (P, D), cls tokens and registers; they get no position.
         mean, std: (3, 1, 1) float32, or both None.
+        rows: (2, T) int32 beside patches of several images, `image` (T, 3, p, p): each one's row in pos, which is then
+            of any length, and in the result. Their values are not checked.
+        starts: (images + 1,) int32 beside rows, where in the result each image begins: with its prefix.
 
     Returns:
-        (B, P + T, D). The normalisation is computed in float32 and rounded once, to the model's dtype.
+        (B, P + T, D); beside rows (T + images·P, D). The normalisation is computed in float32 and rounded once, to the
+        model's dtype.
     """
-    args = (image, weight, bias, pos, prefix, patch_size, mean, std)
+    args = (image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts)
     return PATCH_EMBED(backend, args, {"triton": _limit(*args)})
 
 
 # -- operator --------------------------------------------------------------------------------------------------
 
 
-def _kernel(image, weight, bias, pos, prefix, patch_size, mean, std) -> Tensor:
+def _kernel(image, weight, bias, pos, prefix, patch_size, mean, std, rows=None, starts=None) -> Tensor:
     from radio_fast.kernels import patch_embed
 
-    return patch_embed.patch_embed(image, weight, bias, pos, prefix, patch_size, mean, std, sm_of(image.device))
+    sm = sm_of(image.device)
+    return patch_embed.patch_embed(image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts, sm)
 
 
-def _fake(image, weight, bias, pos, prefix, patch_size, mean, std) -> Tensor:
+def _fake(image, weight, bias, pos, prefix, patch_size, mean, std, rows=None, starts=None) -> Tensor:
+    if rows is not None:
+        return weight.new_empty((image.shape[0] + (starts.shape[0] - 1) * prefix.shape[0], weight.shape[0]))
     return weight.new_empty((image.shape[0], prefix.shape[0] + pos.shape[0], weight.shape[0]))
 
 
 register(
     "patch_embed",
-    "(Tensor image, Tensor weight, Tensor? bias, Tensor pos, Tensor prefix, int patch_size, Tensor? mean, Tensor? std)"
-    " -> Tensor",
+    "(Tensor image, Tensor weight, Tensor? bias, Tensor pos, Tensor prefix, int patch_size, Tensor? mean, Tensor? std,"
+    " Tensor? rows=None, Tensor? starts=None) -> Tensor",
     _fake,
     _kernel,
 )
 
 
-def _key(image, weight, bias, pos, prefix, patch_size, mean, std) -> str:
+def _key(image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts) -> str | None:
+    if rows is not None:
+        return None  # only the kernel does it in one
     rows = bucket(image.shape[0] * pos.shape[0])
     return f"to {str(weight.dtype).removeprefix('torch.')} p{patch_size} d{weight.shape[0]} rows{rows}"
 

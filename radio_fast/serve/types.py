@@ -51,6 +51,10 @@ class QueueFull(RuntimeError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple:
+        """For another process, as Ray has; by default it would be made of the message alone."""
+        return type(self), (*self.args, self.retry_after)
+
 
 class DeadlineExceeded(TimeoutError):
     """The image's deadline passed before it was computed."""

@@ -138,6 +138,81 @@ def test_rounds_the_normalised_image_once(dtype, device, guarded):
         assert torch.equal(out, reference)
 
 
+def packed_args(sizes, image_dtype, dtype, p, P, D, device, unused: int = 2):
+    """Patches of images of `sizes`, positions in an order of their own with `unused` rows in front."""
+    generator = torch.Generator().manual_seed(len(sizes))
+    M = sum(sizes)
+    patches = make_image(M, p, p, image_dtype, device)
+    w = make_weights(D, p, M + unused, P, dtype, device)
+    starts = torch.tensor([0, *sizes]).cumsum(0) + P * torch.arange(len(sizes) + 1)
+    places = torch.cat([start + P + torch.arange(T) for start, T in zip(starts, sizes, strict=False)])
+    rows = torch.stack([unused + torch.randperm(M, generator=generator), places])
+    return patches, w, rows.to(device, torch.int32), starts.to(device, torch.int32)
+
+
+def check_packed(patches, w, rows, starts, p: int, **stats) -> None:
+    """Each image as the plain form has it, which is held against float64 above."""
+    args = (patches, *w.values(), p, stats.get("mean"), stats.get("std"), rows, starts)
+    out = ops.patch_embed(*args, backend="triton")
+    reference = ops.patch_embed(*args, backend="reference")
+    P = w["prefix"].shape[0]
+    assert out.dtype == w["weight"].dtype and out.is_contiguous()
+    assert out.shape == reference.shape == (patches.shape[0] + P * (len(starts) - 1), w["weight"].shape[0])
+    done = 0
+    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        assert torch.equal(out[start : start + P], w["prefix"]) and torch.equal(
+            reference[start : start + P], w["prefix"]
+        )
+        number = end - start - P
+        own = patches[done : done + number]
+        pos = w["pos"][rows[0, done : done + number].long()]
+        alone = [
+            truth(patch[None], w["weight"], w["bias"], place[None], w["prefix"], p, **stats)[0, P]
+            for patch, place in zip(own, pos, strict=True)
+        ]
+        if number:
+            assert_within(out[start + P : end], torch.stack(alone), reference[start + P : end])
+        done += number
+
+
+@pytest.mark.parametrize("image_dtype", IMAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [14, 16])
+def test_packed(p, dtype, image_dtype, device, guarded):
+    patches, w, rows, starts = packed_args([3, 1, 5], image_dtype, dtype, p, 4, 48, device)
+    check_packed(patches, w, rows, starts, p, **conditioner(device))
+    # Without positions' outliers, as in `check`.
+    check_packed(patches, w | {"bias": None, "pos": torch.zeros_like(w["pos"])}, rows, starts, p)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "P", "D"), [([1], 1, 113), ([77, 1, 60, 2], 10, 16), ([1] * 9, 9, 16), ([5, 6], 0, 32)]
+)
+def test_packed_shapes(sizes, P, D, device, guarded):
+    """Tiles that hold several images and end inside one, more prefix rows than one tile, none at all."""
+    patches, w, rows, starts = packed_args(sizes, torch.uint8, torch.float16, 14, P, D, device)
+    check_packed(patches, w, rows, starts, 14, **conditioner(device))
+
+
+def test_packed_strides(device, guarded):
+    patches, w, rows, starts = packed_args([3, 1, 5], torch.uint8, torch.float16, 16, 2, 32, device)
+    expected = ops.patch_embed(patches, *w.values(), 16, None, None, rows, starts, backend="triton")
+    nhwc = patches.contiguous(memory_format=torch.channels_last)
+    wide = torch.stack([rows, rows], 2).flatten(1)[:, ::2]
+    spaced = torch.stack([starts, starts], 1).flatten()[::2]
+    assert torch.equal(ops.patch_embed(nhwc, *w.values(), 16, None, None, wide, spaced, backend="triton"), expected)
+
+
+def test_packed_large_tile(device, guarded):
+    """The tile for more than 1024 patches; every image of one size is what the plain form makes of it."""
+    patches, w, rows, starts = packed_args([515, 515], torch.uint8, torch.float16, 14, 3, 16, device)
+    rows[0] = torch.arange(515).repeat(2)
+    out = ops.patch_embed(patches, *w.values(), 14, None, None, rows, starts, backend="triton")
+    image = patches.view(2, 515, 3, 14, 14).permute(0, 2, 3, 1, 4).reshape(2, 3, 14, 515 * 14)
+    plain = ops.patch_embed(image, *(w | {"pos": w["pos"][:515]}).values(), 14, backend="triton")
+    assert torch.equal(out.view_as(plain), plain)
+
+
 def test_operator(device):
     image = make_image(1, 14, 28, torch.uint8, device)
     w = make_weights(16, 14, 2, 2, torch.float16, device)
@@ -147,6 +222,8 @@ def test_operator(device):
     torch.library.opcheck(
         torch.ops.radio_fast.patch_embed.default, (nhwc, *(w | {"bias": None}).values(), 14, None, None)
     )
+    patches, w, rows, starts = packed_args([2, 1], torch.uint8, torch.float16, 14, 2, 16, device)
+    torch.library.opcheck(torch.ops.radio_fast.patch_embed.default, (patches, *w.values(), 14, *stats, rows, starts))
 
 
 def test_limits(device):
@@ -172,3 +249,22 @@ def test_limits(device):
     refuses(r"std must hold 3 float32 values, got torch.float32 \(2, 1, 1\)", mean=stats["mean"], std=stats["std"][1:])
     refuses("mean and std go together", mean=stats["mean"])
     refuses("no backward", weight=w["weight"].clone().requires_grad_())
+
+
+def test_packed_limits(device):
+    patches, w, rows, starts = packed_args([2, 1], torch.uint8, torch.float32, 14, 2, 16, device)
+
+    def refuses(text: str, patches: Tensor = patches, rows: Tensor = rows, starts: Tensor = starts, **changed) -> None:
+        with pytest.raises(ValueError, match=f"the triton backend of patch_embed can't run here: .*{text}"):
+            ops.patch_embed(patches, *(w | changed).values(), 14, None, None, rows, starts, backend="triton")
+
+    refuses("rows and starts go together", rows=None)
+    refuses("rows and starts go together", starts=None)
+    refuses(r"patches must have shape \(T, 3, 14, 14\), got \(3, 3, 14, 28\)", patches.repeat(1, 1, 1, 2))
+    refuses(r"rows must be int32 of shape \(2, 3\) on .*, got torch.int64 \(2, 3\)", rows=rows.long())
+    refuses(r"rows must be int32 of shape \(2, 3\) on .*, got torch.int32 \(2, 2\)", rows=rows[:, 1:])
+    refuses(r"rows must be int32 of shape .* on meta", rows=rows.to("meta"))
+    refuses(r"starts must be int32 of shape \(3,\) on .*, got torch.int64 \(3,\)", starts=starts.long())
+    refuses(r"starts must be .*, got torch.int32 \(3, 1\)", starts=starts[:, None])
+    refuses(r"starts must be of shape \(images \+ 1,\), got \(0,\)", starts=starts[:0])
+    refuses(r"pos and prefix must have shapes \(5, 16\) and \(P, 16\), got \(5, 15\)", pos=w["pos"][:, 1:])

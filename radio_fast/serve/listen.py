@@ -1,0 +1,64 @@
+"""uvicorn with a drain: a signal lets the requests in flight finish, answers others 503 meanwhile, and exits with 0."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from radio_fast.serve.service import Service
+
+GRACE_SECONDS = 5  # for answers on their way out
+UNREAD_SECONDS = 60  # an answer that its client has not taken by then is dropped
+
+
+class Server(uvicorn.Server):
+    """Serves `app` until SIGTERM or Ctrl-C and then up to `drain_seconds` more; at once on a second signal, or when the
+    model can't be loaded.
+    """
+
+    def __init__(self, app: FastAPI, *, drain_seconds: float):
+        # h11 in place of what happens to be installed: its limits are the ones that were tried. No forwarded headers:
+        # nothing here depends on a client's address.
+        config = uvicorn.Config(
+            app, http="h11", ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )  # fmt: skip
+        super().__init__(config)
+        self._service: Service = app.state.service
+        self._drain_seconds = drain_seconds
+        self._drained_by: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not uvicorn's, which raises the signal again at the end: the exit code would not be 0.
+        again = self._drained_by is not None
+        self._service.draining = True
+        self._drained_by = time.monotonic() + (0 if again else self._drain_seconds)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._drained_by is not None and time.monotonic() > self._drained_by:
+            await self._service.stop()
+            self.should_exit = True
+        idle = self._drained_by is not None and not self._service.requests
+        if idle or self._service.failure is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound; port 0 takes a free one.
+
+    Raises:
+        ValueError: the address is not this machine's, or taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"can't listen on {host} port {port}: {error.strerror or error}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it. uvicorn would keep the answer for ever
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_SECONDS))
+    return bound
