@@ -15,7 +15,7 @@ PACKAGE = ROOT / "radio_fast"
 
 # Imports go from a higher rank to a lower or equal one.
 RANKS = {
-    "errors": 0, "version": 0, "arch": 0, "paths": 0, "kernels": 0, "native": 0,
+    "errors": 0, "version": 0, "arch": 0, "paths": 0, "kernels": 0, "native": 0, "native_cpu": 0,
     "ops": 1, "layers": 2, "models": 3, "model": 4,
     "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "folder": 6, "api": 7, "adopt": 7, "export": 7,
     "zeroshot": 7, "__init__": 8, "images": 8, "hf": 8, "doctor": 8, "tune": 8, "cli_common": 8, "cli_export": 8,
