@@ -1,7 +1,7 @@
 """Build csrc/cpu into radio_fast/libradio_fast_cpu.so: plain C++ for the host's compiler, no torch, no OpenMP.
 
-`python csrc/build.py` builds it in place and setup.py into wheels. It loads on every x86-64 and says itself what it can do
-there. Where it can't be built the package installs without it; the reason is left beside, in one line.
+`python csrc/build.py` builds it in place and setup.py into wheels. It loads on every x86-64 and says itself what it can
+do there. Where it can't be built the package installs without it; the reason is left beside, in one line.
 
 CXX                     the C++ compiler (c++)
 RADIO_FAST_CPU_KERNELS  "none": not at all
@@ -23,7 +23,7 @@ REASON = "libradio_fast_cpu.txt"
 STRICT = bool(os.environ.get("RADIO_FAST_WERROR"))
 # GCC's own AVX-512 headers are what it calls uninitialised.
 CXX_FLAGS = (
-    *("-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", *(("-Werror",) if STRICT else ())),
+    *("-std=c++17", "-O3", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", *(("-Werror",) if STRICT else ())),
     *("-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-Wl,-z,noexecstack"),
 )
 

@@ -1,7 +1,7 @@
 """The CPU kernels: csrc/cpu's shared library through ctypes (csrc/include/radio_fast_cpu.h), on tensors.
 
-They need a CPU with AMX. The library is looked for beside this file, or where RADIO_FAST_CPU_LIBRARY says, and loaded when
-it is first wanted.
+They need a CPU with AMX. The library is looked for beside this file, or where RADIO_FAST_CPU_LIBRARY says, and loaded
+when it is first wanted.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def tree(tmp_path) -> Path:
     """What the packages are made of, with two tiny kernels in place of the device sources."""
     copy = tmp_path / "tree"
     copy.mkdir()
-    ignored = shutil.ignore_patterns("libradio_fast_cuda.*", "__pycache__")
+    ignored = shutil.ignore_patterns("libradio_fast_c*", "__pycache__")
     for name in (*COPIED, "kernels"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)

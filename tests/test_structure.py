@@ -62,7 +62,7 @@ def test_kernels_is_no_top_level_package():
 
 def test_ptx_is_in_one_file():
     """Every instruction is wrapped once, where the host emulation can take its place."""
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cc", ".h")]
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cc", ".cpp", ".h")]
     assert {path.name for path in sources if re.search(r"\basm\b", path.read_text(encoding="utf-8"))} == {"mma.cuh"}
     assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 600 for path in sources)
     assert not any("torch" in line for path in sources for line in path.read_text().splitlines() if "#include" in line)

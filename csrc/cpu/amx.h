@@ -9,7 +9,7 @@
 #include <string.h>
 
 /* Everything below, and in the files that include this, is compiled for a CPU with AMX, whatever the compiler's flags. */
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,fma,avx2,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,fma,avx2,bmi2,prfchw")
 
 namespace rf {
 namespace amx {

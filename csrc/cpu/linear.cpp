@@ -85,6 +85,11 @@ struct Epilogue {
         sums = tiles, token = m, first = n, unit = 0, units = UNITS * columns;
         int64_t left = p.N - n;
         mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+        // Where the next 32 tokens are stored and their residuals lie: lines of L3 would be waited for, up to a third of the time.
+        for (int64_t row = m + PANEL; row < m + 2 * PANEL && row < p.M; row++) {
+            __builtin_prefetch(p.out + row * p.stride_o + n, 1, 2);
+            if (RESIDUAL) __builtin_prefetch(p.residual + row * p.stride_r + n, 0, 2);
+        }
     }
 
     inline __attribute__((always_inline)) __m512 finish_one(__m512 y, int64_t feature) {

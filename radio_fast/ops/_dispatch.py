@@ -1,9 +1,9 @@
 """Which implementation of an op runs: plain PyTorch, a kernel of ours, or one of another package.
 
 Every op is an `Op`: its plain form ("reference", the truth), and what may take its place, by name. "triton", "cuda"
-and "cpu" are the kernels of this package, `torch.ops.radio_fast.<op>`, `<op>_cuda` and `<op>_cpu`. `Op.choose` decides: on a GPU the
-implementation that `_tuning` measured to be the fastest one there, or the first of a shipped order; one asked for by
-name that can't run is an error, never a silent replacement.
+and "cpu" are the kernels of this package, `torch.ops.radio_fast.<op>`, `<op>_cuda` and `<op>_cpu`. `Op.choose` decides:
+on a GPU the implementation that `_tuning` measured to be the fastest one there, or the first of a shipped order; on a
+CPU the kernels wherever they run; one asked for by name that can't run is an error, never a silent replacement.
 """
 
 from __future__ import annotations
