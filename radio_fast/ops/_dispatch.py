@@ -114,8 +114,13 @@ def _why_not_now(args: tuple) -> str | None:
 
 
 def accelerated(device: torch.device) -> bool:
+    """Whether "auto" ranks implementations on `device`, shipped or measured."""
+    return device.type == "cuda"
+
+
+def has_kernels(device: torch.device) -> bool:
     """Whether "auto" looks for anything but plain PyTorch on `device`."""
-    return device.type == "cuda" or (device.type == "cpu" and native_cpu.why_not_native_cpu() is None)
+    return accelerated(device) or (device.type == "cpu" and native_cpu.why_not_native_cpu() is None)
 
 
 class Implementation(NamedTuple):
@@ -201,9 +206,9 @@ class Op:
             self._require(backend, args, limits)
             return backend
         device = args[0].device
-        if not accelerated(device) or _why_not_now(args) is not None:
+        if not has_kernels(device) or _why_not_now(args) is not None:
             return "reference"
-        if device.type == "cpu":
+        if not accelerated(device):
             return self._on_cpu(args[0].dtype, limits)
         for name in self._ranking(args, limits):
             if limits.get(name) is None:
