@@ -160,6 +160,7 @@ def test_environment_takes_them_away(x, calls, monkeypatch):
 
 def test_without_a_library_plain_torch_runs(x, calls, monkeypatch, tmp_path):
     monkeypatch.setattr(native_cpu, "_found", {})
+    monkeypatch.setattr(native_cpu, "_reasons", {})
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     cut, other, empty = tmp_path / "cut.so", tmp_path / "other.so", tmp_path / "empty.so"
     cut.write_bytes(b"\x7fELF\x02" + bytes(100))
