@@ -22,8 +22,8 @@ void *scratch(int use, size_t bytes);
  * none. A second pool would fight with torch's for the cores: its workers spin for a while after each call. */
 void run_parallel(int threads, void (*body)(void *), void *argument);
 
-/* body(item) for 0…items − 1, each taken by the next thread that is free: cores shared with others differ in speed.
- * begin() before a thread's first item, end() after its last one. False if a thread had no memory. */
+/* Local(body).run(item) for 0…items − 1, each taken by the next thread that is free: cores shared with others differ in
+ * speed. A thread makes its own Local before its first item. False if one had no memory, and was not ready(). */
 template <class Body>
 bool for_each(int64_t items, int threads, Body &body) {
     struct Shared {
@@ -39,6 +39,7 @@ bool for_each(int64_t items, int threads, Body &body) {
         typename Body::Local local(all.body);
         if (!local.ready()) {
             all.failed = true;
+            all.body.give_up();
             return;
         }
         for (; item < all.items && !all.failed; item = all.next.fetch_add(1)) local.run(item);

@@ -1,8 +1,8 @@
 /* Linear layers on AMX: out = residual + act(x · weightᵀ + bias), worked out as (weight · xᵀ)ᵀ.
  *
  * Tiles of the weight are loaded from where it lies: there is no second copy of it, nor time spent on one. What has to be
- * rearranged for the tile unit is x, which is small. 32 features × 32 tokens of sums are in tiles for all of K: sums that
- * are spilled and reloaded every 12 steps cost 20 %. Bias, activation, residual and the way back to rows of tokens are
+ * rearranged for the tile unit is x, which is small; its tiles stream past L1, where they would push out the weight's rows
+ * and the sums. 32 features × 32 tokens of sums are in tiles for 768 of K: spilled every 384 they cost 20 %. Bias, activation, residual and the way back to rows of tokens are
  * worked out between the tile instructions of the next 32 × 32, and the weight's next rows asked for.
  */
 #include "cpu.h"
@@ -14,15 +14,9 @@ namespace {
 
 using namespace amx;
 
-constexpr int PANEL = 32;                // features, and tokens, of the sums that tiles hold
-#ifndef XBYTES
-#define XBYTES (1 << 20)
-#endif
-#ifndef STEPSN
-#define STEPSN 24
-#endif
-constexpr int64_t STEPS = STEPSN;        // of 32 columns: 32 features' 48 KiB are L1
-constexpr int64_t X_BYTES = XBYTES;  // of rearranged x: half of L2, the other half is for the weight's rows
+constexpr int PANEL = 32;             // features, and tokens, of the sums that tiles hold
+constexpr int64_t STEPS = 24;         // of 32 columns: 32 features' 48 KiB are L1
+constexpr int64_t X_BYTES = 1 << 20;  // of rearranged x: half of L2, the other half is for the weight's rows
 
 struct Problem {
     const bf16 *x, *weight;
@@ -149,6 +143,10 @@ template <int ACT, bool RESIDUAL>
 struct Body {
     const Problem &p;
 
+    void give_up() {
+        if (p.ready) p.ready->fetch_add(int64_t(1) << 40);  // nobody waits for what this thread should have packed
+    }
+
     struct Local {
         const Problem &p;
         Tiles tiles;
@@ -222,12 +220,8 @@ struct Body {
                 int64_t stride = 2 * p.stride_w, left = p.N - n * PANEL, following = n + 1 < n1 ? left - PANEL : 0;
                 next.start(w + PANEL * stride, following < PANEL ? following : PANEL, stride, 2 * p.K);
                 if (left < PANEL) {
-                    for (int64_t row = 0; row < PANEL; row++) {
-                        if (row < left)
-                            memcpy(tail + row * 2 * p.K, w + row * stride, 2 * p.K);
-                        else
-                            memset(tail + row * 2 * p.K, 0, 2 * p.K);
-                    }
+                    // Features beyond them stay what they are: nothing of theirs is stored.
+                    for (int64_t row = 0; row < left; row++) memcpy(tail + row * 2 * p.K, w + row * stride, 2 * p.K);
                     w = tail, stride = 2 * p.K;
                     order_memory();
                 }

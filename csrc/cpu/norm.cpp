@@ -46,6 +46,8 @@ template <class T>
 struct Body {
     const Problem &p;
 
+    void give_up() {}
+
     struct Local {
         const Problem &p;
         float *row;
