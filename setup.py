@@ -1,10 +1,11 @@
-"""The package list and the CUDA extension; everything else is in pyproject.toml.
+"""The package list, the CUDA extension and the CPU kernels; everything else is in pyproject.toml.
 
 `kernels/` has no __init__.py, so that it can never be imported as a package of its own in place of another library's;
 the symlink radio_fast/kernels makes it radio_fast.kernels, here and in wheels.
 
-csrc/build.py compiles the extension: one shared library in the package, plain C behind ctypes, so that a wheel serves
-every Python and torch of its platform. Where it can't be built the package installs without it, as a pure one.
+csrc/build.py compiles the extension, csrc/build_cpu.py the CPU kernels: a shared library each in the package, plain C
+behind ctypes, so that a wheel serves every Python and torch of its platform. Where neither can be built the package
+installs without, as a pure one.
 """
 
 import functools
@@ -18,15 +19,16 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 cuda = runpy.run_path(str(ROOT / "csrc" / "build.py"))
+cpu = runpy.run_path(str(ROOT / "csrc" / "build_cpu.py"))
 
 
-class BuildCuda(Command):
-    """Build the library into the package: of the checkout for an editable install, else of the wheel.
+class BuildKernels(Command):
+    """Build the libraries into the package: of the checkout for an editable install, else of the wheel.
 
     The attributes and get_* are setuptools' SubCommand protocol.
     """
 
-    description = "build the CUDA extension"
+    description = "build the CUDA extension and the CPU kernels"
     user_options = ()
 
     def initialize_options(self):
@@ -39,8 +41,9 @@ class BuildCuda(Command):
     def run(self):
         folder = ROOT if self.editable_mode else Path(self.build_lib)
         try:
+            cpu["build_into"](folder / "radio_fast")
             cuda["build_into"](folder / "radio_fast")
-        except cuda["BuildError"] as error:
+        except (cuda["BuildError"], cpu["BuildError"]) as error:
             raise CompileError(str(error)) from None
 
     def get_source_files(self):
@@ -54,7 +57,7 @@ class BuildCuda(Command):
 
 
 class RadioFast(Distribution):
-    """A platform's wheel with the library, else a pure one."""
+    """A platform's wheel with a library, else a pure one."""
 
     def has_ext_modules(self):
         return _builds()
@@ -63,9 +66,9 @@ class RadioFast(Distribution):
 @functools.cache
 def _builds():
     try:
-        return cuda["plan"]().reason is None
+        return cpu["why_not"]() is None or cuda["plan"]().reason is None
     except cuda["BuildError"]:
-        return True  # build_cuda says what is wrong
+        return True  # build_kernels says what is wrong
 
 
 class BdistWheel(bdist_wheel):
@@ -75,9 +78,9 @@ class BdistWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-build.sub_commands.append(("build_cuda", None))
+build.sub_commands.append(("build_kernels", None))
 setup(
     distclass=RadioFast,
     packages=[*find_packages(include=["radio_fast", "radio_fast.*"]), "radio_fast.kernels"],
-    cmdclass={"build_cuda": BuildCuda, "bdist_wheel": BdistWheel},
+    cmdclass={"build_kernels": BuildKernels, "bdist_wheel": BdistWheel},
 )

@@ -1,6 +1,7 @@
 """Build csrc into one shared library, radio_fast/libradio_fast_cuda.so. Needs no torch, no GPU and no CUDA driver.
 
-`python csrc/build.py` builds in place, what an editable install does too; setup.py builds it into wheels. Every .cu is
+`python csrc/build.py` builds in place, what an editable install does too, and the CPU kernels (build_cpu.py);
+setup.py builds them into wheels. Every .cu is
 compiled to a cubin for each architecture, by nvcc, or by NVRTC (which pip can install) where nvcc is missing or has
 forgotten the architecture, as CUDA 13's has sm_70. The host code is plain C++; the cubins are embedded in it.
 Everything lands in build/csrc, and only what has changed is compiled again.
@@ -379,7 +380,9 @@ def build_into(folder: Path, what: Plan | None = None) -> bool:
 
 
 if __name__ == "__main__":
+    cpu = runpy.run_path(str(CSRC / "build_cpu.py"))
     try:
+        cpu["build_into"](ROOT / "radio_fast")
         build_into(ROOT / "radio_fast")
-    except BuildError as failure:
+    except (BuildError, cpu["BuildError"]) as failure:
         sys.exit(f"csrc/build.py: {failure}")

@@ -333,7 +333,7 @@ class RADIOModel(nn.Module):
             not torch.is_autocast_enabled(kind)
             or torch.compiler.is_compiling()
             or self.backend == "reference"
-            or not _dispatch.accelerated(x.device)
+            or not _dispatch.has_kernels(x.device)
             or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())))
         ):
             return run(None)

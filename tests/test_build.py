@@ -37,7 +37,7 @@ def tree(tmp_path) -> Path:
     """What the packages are made of, with two tiny kernels in place of the device sources."""
     copy = tmp_path / "tree"
     copy.mkdir()
-    ignored = shutil.ignore_patterns("libradio_fast_cuda.*", "__pycache__")
+    ignored = shutil.ignore_patterns("libradio_fast_c*", "__pycache__")
     for name in (*COPIED, "kernels"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
@@ -142,7 +142,9 @@ def test_an_editable_install_has_it_in_place_and_loses_it_when_asked_to(tree):
 
 def test_without_a_compiler_it_installs_and_says_so_once(tree, bare):
     python = bare.pop("python")
+    bare["RADIO_FAST_CPU_KERNELS"] = "none"
     said = backend(tree, "build_wheel", python=python, **bare)
+    assert "the CPU kernels were not built: RADIO_FAST_CPU_KERNELS=none was set" in said
     assert said.count("the CUDA extension was not built: neither nvcc (in CUDA_HOME or PATH) nor NVRTC was found") == 1
     assert "pip install nvidia-cuda-nvrtc-cu12" in said
     [wheel] = (tree / "out").glob("*.whl")

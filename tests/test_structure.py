@@ -15,7 +15,7 @@ PACKAGE = ROOT / "radio_fast"
 
 # Imports go from a higher rank to a lower or equal one.
 RANKS = {
-    "errors": 0, "version": 0, "arch": 0, "paths": 0, "kernels": 0, "native": 0,
+    "errors": 0, "version": 0, "arch": 0, "paths": 0, "kernels": 0, "native": 0, "native_cpu": 0,
     "ops": 1, "layers": 2, "models": 3, "model": 4,
     "runtime": 5, "graphs": 5, "download": 5, "checkpoint": 5, "folder": 6, "api": 7, "adopt": 7, "export": 7,
     "zeroshot": 7, "__init__": 8, "images": 8, "hf": 8, "doctor": 8, "tune": 8, "cli_common": 8, "cli_export": 8,
@@ -62,7 +62,7 @@ def test_kernels_is_no_top_level_package():
 
 def test_ptx_is_in_one_file():
     """Every instruction is wrapped once, where the host emulation can take its place."""
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cc", ".h")]
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cc", ".cpp", ".h")]
     assert {path.name for path in sources if re.search(r"\basm\b", path.read_text(encoding="utf-8"))} == {"mma.cuh"}
     assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 600 for path in sources)
     assert not any("torch" in line for path in sources for line in path.read_text().splitlines() if "#include" in line)

@@ -1,9 +1,9 @@
 """Which implementation of an op runs: plain PyTorch, a kernel of ours, or one of another package.
 
-Every op is an `Op`: its plain form ("reference", the truth), and what may take its place, by name. "triton" and "cuda"
-are the kernels of this package, `torch.ops.radio_fast.<op>` and `<op>_cuda`. `Op.choose` decides: on a GPU the
-implementation that `_tuning` measured to be the fastest one there, or the first of a shipped order; one asked for by
-name that can't run is an error, never a silent replacement.
+Every op is an `Op`: its plain form ("reference", the truth), and what may take its place, by name. "triton", "cuda"
+and "cpu" are the kernels of this package, `torch.ops.radio_fast.<op>`, `<op>_cuda` and `<op>_cpu`. `Op.choose` decides:
+on a GPU the implementation that `_tuning` measured to be the fastest one there, or the first of a shipped order; on a
+CPU the kernels wherever they run; one asked for by name that can't run is an error, never a silent replacement.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from radio_fast import native
+from radio_fast import native, native_cpu
 from radio_fast.arch import arch_of
 from radio_fast.ops._state import overrides, torch_is_plain
 
-BACKENDS = ("auto", "reference", "triton")  # of a whole model; "cuda" and others are some ops'
+BACKENDS = ("auto", "reference", "triton")  # of a whole model; "cuda", "cpu" and others are some ops'
 LIBRARY = torch.library.Library("radio_fast", "FRAGMENT")
 HALF = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (*HALF, torch.float32)
@@ -96,6 +96,13 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def why_not_native_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the CPU kernels run on `device`, else the reason why they don't."""
+    if device.type != "cpu":
+        return f"the kernels are for CPUs with AMX, not for {device.type}"
+    return native_cpu.why_not_native_cpu()
+
+
 def _why_not_now(args: tuple) -> str | None:
     if forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivative: use the reference backend"
@@ -107,8 +114,13 @@ def _why_not_now(args: tuple) -> str | None:
 
 
 def accelerated(device: torch.device) -> bool:
-    """Whether "auto" looks for anything but plain PyTorch on `device`."""
+    """Whether "auto" ranks implementations on `device`, shipped or measured."""
     return device.type == "cuda"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether "auto" looks for anything but plain PyTorch on `device`."""
+    return accelerated(device) or (device.type == "cpu" and native_cpu.why_not_native_cpu() is None)
 
 
 class Implementation(NamedTuple):
@@ -188,20 +200,33 @@ class Op:
         if backend == "auto":
             named = overrides()
             backend = named.get(self.variable) or named.get("RADIO_FAST_BACKEND", "auto")
-        if backend == "reference" or (backend == "auto" and not accelerated(args[0].device)):
+        if backend == "reference":
             return "reference"
         if backend != "auto":
             self._require(backend, args, limits)
             return backend
-        if _why_not_now(args) is not None:
+        device = args[0].device
+        if not has_kernels(device) or _why_not_now(args) is not None:
             return "reference"
+        if not accelerated(device):
+            return self._on_cpu(args[0].dtype, limits)
         for name in self._ranking(args, limits):
             if limits.get(name) is None:
                 return name
         return "reference"
 
+    def _on_cpu(self, dtype: torch.dtype, limits: Mapping[str, str | None]) -> str:
+        """ "cpu" where it is shipped, by what was measured for all of its shapes; nothing is measured here.
+
+        What traces, exports or transforms a model gets plain PyTorch, which it knows.
+        """
+        own = self.implementations.get("cpu")
+        if own is None or dtype not in own.shipped or limits.get("cpu") is not None:
+            return "reference"
+        return "reference" if torch.compiler.is_compiling() or not torch_is_plain() else "cpu"
+
     def _require(self, backend: str, args: tuple, limits: Mapping[str, str | None]) -> None:
-        known = dict.fromkeys((*BACKENDS, "cuda", *self.implementations))
+        known = dict.fromkeys((*BACKENDS, "cuda", "cpu", *self.implementations))
         if backend not in known:
             raise ValueError(f"backend of {self.name} must be one of {', '.join(map(repr, known))}, got {backend!r}")
         if backend not in self.implementations:
@@ -255,6 +280,7 @@ def shipped_order(op: str, device: torch.device, dtype: torch.dtype, first: str 
 # torch.compile takes the answers as they are at tracing, and does not look inside, where a lock would end its graph.
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
 why_not_native._dynamo_marked_constant = True
+native_cpu.why_not_native_cpu._dynamo_marked_constant = True
 shipped_order._dynamo_marked_constant = True
 
 
@@ -280,6 +306,34 @@ def register(name: str, schema: str, fake, kernel) -> None:
     LIBRARY.impl(name, on_its_device, "CUDA")
     LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"radio_fast::{name}", fake, lib=LIBRARY)
+
+
+def register_cpu(name: str, schema: str, fake, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Define `radio_fast::<name>` for CPU tensors; calls it where something traces, else its kernel, 8 µs sooner."""
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"radio_fast::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.radio_fast, name)
+
+    def run(*args):
+        plain = not torch.compiler.is_compiling() and torch_is_plain()
+        return kernel(*args) if plain else operator(*args)
+
+    return run
+
+
+def cpu_limit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> str | None:
+    """What breaks the CPU kernels' limits, which read memory by its address: plain tensors, in one of `dtypes`."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"a {type(tensor).__name__} is not for it"
+        if tensor.layout is not torch.strided:
+            return f"{tensor.layout} is not for it"
+    if tensors[0].dtype not in dtypes:
+        return f"dtype must be {' or '.join(map(str, dtypes))}, got {tensors[0].dtype}"
+    return None
 
 
 def limit_of(first: Tensor, **others: Tensor | None) -> str | None:

@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast import native
+from radio_fast import native, native_cpu
 from radio_fast.ops._dispatch import (
     HALF,
     Op,
     bucket,
+    cpu_limit,
     limit_of,
     native_path,
     register,
+    register_cpu,
     sm_of,
     triton_runs,
     why_not_native,
+    why_not_native_cpu,
 )
 from radio_fast.ops._providers import add_attention_providers
 
@@ -117,6 +120,10 @@ def attention(
         foreign = "qkv's last axis must be adjacent"
     limits = dict.fromkeys(ATTENTION.implementations, foreign) | {"triton": limit, "cuda": native_limit}
     limits["reference"] = None
+    if limit is None and qkv.device.type == "cpu":
+        limits["cpu"] = cpu_limit((torch.bfloat16,), qkv, cu_seqlens)
+    else:
+        limits["cpu"] = limit
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
         raise ValueError(f"max_seqlen must be the longest packed image's tokens, got {max_seqlen!r}")
     if seqlens is not None:
@@ -190,8 +197,23 @@ for _name, _implementation in (("attention", _kernel), ("attention_cuda", _nativ
         _implementation,
     )
 
+
+def _cpu(
+    qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None, window: tuple | None
+) -> Tensor:
+    return _attention_cpu(qkv, num_heads, cu_seqlens, list(window or ()))
+
+
+_attention_cpu = register_cpu(
+    "attention_cpu",
+    "(Tensor qkv, int num_heads, Tensor? cu_seqlens, int[] window) -> Tensor",
+    lambda qkv, num_heads, cu_seqlens, window: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
+    native_cpu.attention,
+)
+
 ATTENTION = Op("attention", attention_ref, _key, truth=torch.float32)  # in float64 the scores would be in memory
 ATTENTION.add("triton", _call(torch.ops.radio_fast.attention), triton_runs(needs_dot=True))
 # The extension has no tensor cores for float32: a simple kernel, by name or by measurement.
 ATTENTION.add("cuda", _call(torch.ops.radio_fast.attention_cuda), why_not_native, shipped=HALF)
+ATTENTION.add("cpu", _cpu, why_not_native_cpu, shipped=(torch.bfloat16,))
 add_attention_providers(ATTENTION)

@@ -6,8 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radio_fast import native_cpu
 from radio_fast.ops import _dispatch
-from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
+from radio_fast.ops._dispatch import (
+    Op,
+    bucket,
+    cpu_limit,
+    limit_of,
+    register,
+    register_cpu,
+    sm_of,
+    triton_runs,
+    why_not_native_cpu,
+)
 from radio_fast.ops._state import cacheable, capturing, overrides, settle
 from radio_fast.ops.norm import ADD_LAYER_NORM, LAYER_NORM, add_layer_norm, layer_norm, layer_norm_ref
 
@@ -88,6 +99,16 @@ def _limit(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return limit_of(x, weight=weight, bias=bias)
 
 
+def _cpu_limit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *others: Tensor | None
+) -> str | None:
+    if activation not in native_cpu.ACTIVATIONS:
+        return f"{activation} is not in it"
+    if weight.shape[1] % 32:
+        return f"K must be a multiple of 32, got {weight.shape[1]}"
+    return cpu_limit((torch.bfloat16,), x, weight, bias, *others)
+
+
 def _out_features(weight: Tensor, activation: str | None) -> int:
     return weight.shape[0] // (2 if activation == "swiglu" else 1)
 
@@ -123,7 +144,12 @@ def linear(
         else:
             limit = limit_of(x, residual=residual, layer_scale=layer_scale)
     args = (x, weight, bias, activation, residual, layer_scale)
-    return LINEAR(backend, args, {"triton": limit})
+    cpu = limit
+    if limit is None and x.device.type == "cpu":
+        cpu = (
+            "LayerScale is not in it" if layer_scale is not None else _cpu_limit(x, weight, bias, activation, residual)
+        )
+    return LINEAR(backend, args, {"triton": limit, "cpu": cpu})
 
 
 def ln_linear(
@@ -194,7 +220,7 @@ def linear_add_norm(
             return _deferred(*args)  # each as it was named
     if backend not in ("auto", "reference"):
         return _deferred(*args, backend=backend)
-    return LINEAR_ADD_NORM(backend, args, {})
+    return LINEAR_ADD_NORM(backend, args, {"cpu": None if x.dtype == torch.bfloat16 else "its product is bfloat16"})
 
 
 def linear_add_norm_ref(
@@ -253,7 +279,19 @@ register(
 )
 
 
+_linear_cpu = register_cpu(
+    "linear_cpu",
+    "(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
+    lambda x, weight, bias, activation, residual: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    native_cpu.linear,
+)
+
+
 # -- implementations -------------------------------------------------------------------------------------------
+
+
+def _cpu(x, weight, bias, activation, residual, layer_scale) -> Tensor:
+    return _linear_cpu(x, weight, bias, activation, residual)
 
 
 def _shape(x: Tensor, weight: Tensor) -> str:
@@ -278,6 +316,7 @@ def _ln_linear_key(x, mean, rstd, norm_weight, norm_bias, norm_scale, weight, bi
 
 LINEAR = Op("linear", linear_ref, _linear_key, batched=(0, 4), first=_linear_first)
 LINEAR.add("triton", torch.ops.radio_fast.linear, triton_runs(needs_dot=True))
+LINEAR.add("cpu", _cpu, why_not_native_cpu, shipped=(torch.bfloat16,))
 LN_LINEAR = Op("ln_linear", ln_linear_ref, _ln_linear_key, batched=(0, 1, 2))
 LN_LINEAR.add("triton", torch.ops.radio_fast.ln_linear, triton_runs(needs_dot=True))
 LINEAR_ADD_NORM = Op(
@@ -285,3 +324,5 @@ LINEAR_ADD_NORM = Op(
 )
 LINEAR_ADD_NORM.add("deferred", _deferred, triton_runs(needs_dot=False))
 LINEAR_ADD_NORM.add("epilogue", _epilogue, triton_runs(needs_dot=True))
+# The residual in the product: s is rounded once, and the product itself is never written.
+LINEAR_ADD_NORM.add("cpu", _epilogue, why_not_native_cpu, shipped=(torch.bfloat16,))

@@ -6,9 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
+from radio_fast import native_cpu
+from radio_fast.ops._dispatch import (
+    Op,
+    bucket,
+    cpu_limit,
+    limit_of,
+    register,
+    register_cpu,
+    sm_of,
+    triton_runs,
+    why_not_native_cpu,
+)
 
 MAX_WIDTH = 16384  # a row stays on chip
+CPU_DTYPES = tuple(native_cpu.DTYPES)
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, scale: float = 1.0) -> Tensor:
@@ -47,6 +59,13 @@ def _limit(x: Tensor, **others: Tensor | None) -> str | None:
     return limit_of(x, **others)
 
 
+def _limits(limit: str | None, *tensors: Tensor | None) -> dict[str, str | None]:
+    cpu = limit
+    if limit is None and tensors[0].device.type == "cpu":
+        cpu = cpu_limit(CPU_DTYPES, *tensors)
+    return {"triton": limit, "cpu": cpu}
+
+
 def _key(x: Tensor, *others) -> str:
     return f"d{x.shape[-1]} rows{bucket(x.shape[:-1].numel())}" if x.ndim else ""
 
@@ -63,7 +82,7 @@ def layer_norm(
         (..., D) in x's dtype; statistics and arithmetic are float32.
     """
     limit = _limit(x, weight=weight, bias=bias)
-    return LAYER_NORM(backend, (x, weight, bias, eps, scale), {"triton": limit})
+    return LAYER_NORM(backend, (x, weight, bias, eps, scale), _limits(limit, x, weight, bias))
 
 
 def add_layer_norm(
@@ -86,7 +105,10 @@ def add_layer_norm(
         Both (..., D) in x's dtype. The norm is taken of s as it is stored, rounded to that dtype.
     """
     limit = _limit(x, y=y, layer_scale=layer_scale, weight=weight, bias=bias)
-    return ADD_LAYER_NORM(backend, (x, y, layer_scale, weight, bias, eps, scale), {"triton": limit})
+    limits = _limits(limit, x, y, weight, bias)
+    if layer_scale is not None:
+        limits["cpu"] = limits["cpu"] or "LayerScale is not in it"
+    return ADD_LAYER_NORM(backend, (x, y, layer_scale, weight, bias, eps, scale), limits)
 
 
 def norm_stats(x: Tensor, eps: float, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -155,9 +177,29 @@ register(
     lambda x, y, layer_scale, eps: _kernels().add_norm_stats(x, y, layer_scale, eps, sm_of(x.device)),
 )
 
+_layer_norm_cpu = register_cpu(
+    "layer_norm_cpu",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps, float scale) -> Tensor",
+    lambda x, weight, bias, eps, scale: x.new_empty(x.shape),
+    lambda x, weight, bias, eps, scale: native_cpu.layer_norm(x, None, weight, bias, eps, scale)[1],
+)
+_add_layer_norm_cpu = register_cpu(
+    "add_layer_norm_cpu",
+    "(Tensor x, Tensor y, Tensor weight, Tensor? bias, float eps, float scale) -> (Tensor, Tensor)",
+    lambda x, y, weight, bias, eps, scale: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    native_cpu.layer_norm,
+)
+
+
+def _cpu_add_layer_norm(x, y, layer_scale, weight, bias, eps, scale) -> tuple[Tensor, Tensor]:
+    return _add_layer_norm_cpu(x, y, weight, bias, eps, scale)
+
+
 LAYER_NORM = Op("layer_norm", layer_norm_ref, _key)
 ADD_LAYER_NORM = Op("add_layer_norm", add_layer_norm_ref, _key, batched=(0, 1))
 NORM_STATS = Op("norm_stats", norm_stats_ref, _key)
 ADD_NORM_STATS = Op("add_norm_stats", add_norm_stats_ref, _key, batched=(0, 1))
 for _op in (LAYER_NORM, ADD_LAYER_NORM, NORM_STATS, ADD_NORM_STATS):
     _op.add("triton", getattr(torch.ops.radio_fast, _op.name), triton_runs(needs_dot=False))
+LAYER_NORM.add("cpu", _layer_norm_cpu, why_not_native_cpu, shipped=CPU_DTYPES)
+ADD_LAYER_NORM.add("cpu", _cpu_add_layer_norm, why_not_native_cpu, shipped=CPU_DTYPES)

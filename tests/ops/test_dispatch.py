@@ -163,7 +163,7 @@ def test_environment_replaces_auto_only(monkeypatch):
     assert chosen("attention", "auto", x) == "triton"
     monkeypatch.setenv("RADIO_FAST_LINEAR", "cutlass")
     with pytest.raises(
-        ValueError, match="backend of linear must be one of 'auto', 'reference', 'triton', 'cuda', got 'cutlass'"
+        ValueError, match="backend of linear must be one of 'auto', 'reference', 'triton', 'cuda', 'cpu', got 'cutlass'"
     ):
         chosen("linear", "auto", x)
 

@@ -1,0 +1,76 @@
+/* The C ABI of radio_fast's CPU kernels: raw pointers, sizes, strides, a number of threads. No torch.
+ *
+ * Every function returns RF_CPU_OK or another status; rf_cpu_last_error() then has the reason, for the calling thread.
+ * Strides count elements. bfloat16 is what its name says; sums are float32. Safe to call from several threads.
+ */
+#ifndef RADIO_FAST_CPU_H
+#define RADIO_FAST_CPU_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define RF_CPU_ABI_VERSION 1
+
+#if defined(__GNUC__)
+#define RF_CPU_API __attribute__((visibility("default")))
+#else
+#define RF_CPU_API
+#endif
+
+typedef enum {
+    RF_CPU_OK = 0,
+    RF_CPU_BAD_ARGUMENT = 1, /* a size, stride or pointer that no kernel takes */
+    RF_CPU_UNSUPPORTED = 2,  /* the CPU has no AMX, or the system does not let a process use it */
+    RF_CPU_NO_MEMORY = 3,
+} rf_cpu_status;
+
+typedef enum { RF_CPU_BFLOAT16 = 1, RF_CPU_FLOAT32 = 2 } rf_cpu_dtype;
+typedef enum { RF_CPU_NONE = 0, RF_CPU_GELU = 1 } rf_cpu_activation;
+
+/* RF_CPU_ABI_VERSION of the library. */
+RF_CPU_API int rf_cpu_abi_version(void);
+
+/* Why the last call of this thread failed; "" after a success. Valid until the thread's next call. */
+RF_CPU_API const char *rf_cpu_last_error(void);
+
+/* What this CPU and system let the kernels use: "amx", or "" for nothing. The first call asks the system for AMX. */
+RF_CPU_API const char *rf_cpu_features(void);
+
+/* out = residual + act(x · weightᵀ + bias), in bfloat16.
+ *
+ * x: (M, K), weight: (N, K), residual: (M, N) or null, out: (M, N); values adjacent, stride_* from row to row.
+ * K: a multiple of 32. bias: (N) float32, or null. act: one of rf_cpu_activation; the GELU is the exact one.
+ * out overlaps nothing else.
+ */
+RF_CPU_API rf_cpu_status rf_cpu_linear(
+    const void *x, const void *weight, const float *bias, const void *residual, void *out, int64_t M, int64_t N,
+    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int activation, int threads);
+
+/* out = scale · ((s − mean) / √(var + eps) · weight + bias) of each row of s = x + y, which is kept in `sum`, rounded.
+ *
+ * x, y: (rows, D), values adjacent, stride_* from row to row; y and sum may both be null: then s = x.
+ * weight, bias (or null): (D). sum, out: (rows, D), contiguous. All in `dtype`, the arithmetic is float32.
+ */
+RF_CPU_API rf_cpu_status rf_cpu_layer_norm(
+    const void *x, const void *y, const void *weight, const void *bias, void *sum, void *out, int dtype, int64_t rows,
+    int64_t D, int64_t stride_x, int64_t stride_y, float eps, float scale, int threads);
+
+/* softmax(q·kᵀ / √d)·v for each head of each image, in bfloat16.
+ *
+ * qkv: (images, N, 3·heads·d), channels ordered (q, k, v) × heads × d, adjacent; out: (images, N, heads·d), contiguous.
+ * cu_seqlens: null; or images + 1 numbers, where each packed image begins among `tokens` rows: qkv is then
+ * (tokens, 3·heads·d), out (tokens, heads·d), N and stride_b unused. Wrong numbers touch no other memory.
+ * window: 0; or the N tokens are a grid, `width` of them a row, and attend inside window × window.
+ * d: a multiple of 8, up to 256.
+ */
+RF_CPU_API rf_cpu_status rf_cpu_attention(
+    const void *qkv, const int32_t *cu_seqlens, void *out, int64_t images, int64_t N, int64_t tokens, int64_t heads,
+    int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

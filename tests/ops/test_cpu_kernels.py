@@ -1,0 +1,277 @@
+"""The CPU kernels on AMX: values, odd sizes, strides, memory around them, threads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from radio_fast import native_cpu, ops
+from tests.numerics import assert_within
+from tests.ops.truth import attention_truth
+
+REASON = native_cpu.why_not_native_cpu()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+BF16 = torch.bfloat16
+ROWS = (1, 15, 16, 17, 31, 33, 64, 206)
+OUTLIER = 200.0
+
+
+@pytest.fixture(params=(1, 2, 4))
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def guarded(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every result is made inside a larger poisoned block; (block, result) of each."""
+    made = []
+
+    def new_empty(self, shape, **options):
+        size = torch.Size(shape).numel()
+        block = torch.full((size + 256,), float("nan"), dtype=options.get("dtype", self.dtype))
+        result = block[128 : 128 + size].view(shape)
+        made.append((block, result))
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    return made
+
+
+def assert_guarded(made: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    assert made
+    for block, result in made:
+        assert block[:128].isnan().all() and block[-128:].isnan().all(), "something outside the result was written"
+        assert not result.isnan().any(), "part of the result was not written"
+
+
+def linear_truth(x, weight, bias, activation=None, residual=None):
+    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    y = F.gelu(y) if activation == "gelu" else y
+    return y if residual is None else y + residual.double()
+
+
+def check_linear(x, weight, bias, activation=None, residual=None):
+    actual = native_cpu.linear(x, weight, bias, activation, residual)
+    plain = ops.linear(x, weight, bias, activation, residual, backend="reference")
+    assert_within(actual, linear_truth(x, weight, bias, activation, residual), plain)
+
+
+@pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize("N, K", [(1, 32), (31, 64), (33, 96), (96, 800), (160, 1024)])
+def test_linear_of_every_size(M, N, K, monkeypatch):
+    made = guarded(monkeypatch)
+    x, weight, bias = random(M, K), random(N, K, seed=1) / K**0.5, random(N, seed=2, dtype=torch.float32)
+    check_linear(x, weight, bias, "gelu", random(M, N, seed=3))
+    assert_guarded(made)
+
+
+@pytest.mark.parametrize("activation", (None, "gelu"))
+@pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize("bias", (None, torch.float32, BF16))
+def test_linear_and_what_follows_it(activation, residual, bias, threads):
+    x, weight = random(2, 103, 768), random(200, 768, seed=1) / 28
+    shift = None if bias is None else random(200, seed=2, dtype=bias)
+    check_linear(x, weight, shift, activation, random(2, 103, 200, seed=3) if residual else None)
+
+
+def test_linear_of_many_rows_in_blocks_of_them(threads):
+    """More of x than half of L2: each thread rearranges its own part."""
+    check_linear(random(700, 2048), random(64, 2048, seed=1) / 45, None)
+
+
+def test_linear_with_an_outlier_channel():
+    x = random(50, 256)
+    x[:, 7] *= OUTLIER
+    check_linear(x, random(96, 256, seed=1) / 16, random(96, seed=2, dtype=torch.float32))
+
+
+def test_gelu_far_out():
+    """x · Φ(x) to the ends of what a layer gives: a diagonal weight leads values through unchanged."""
+    x = torch.linspace(-40, 40, 64 * 32).view(64, 32).to(BF16)
+    actual = native_cpu.linear(x, torch.eye(32, dtype=BF16), None, "gelu", None)
+    assert_within(actual, F.gelu(x.double()), F.gelu(x))
+    assert (actual[x < -6].abs() < 1e-4).all()
+
+
+def test_linear_of_strided_arguments():
+    x, weight = random(40, 3, 128)[:, 1], random(70, 256, seed=1)[:, ::2] / 11
+    check_linear(x, weight, random(70, 2, seed=2, dtype=torch.float32)[:, 0])
+    wide, residual = random(70, 320, seed=1)[:, 32:160] / 11, random(40, 140, seed=3)[:, :70]
+    check_linear(x, wide, None, None, residual)
+    check_linear(x.T.contiguous().T, wide, None)
+    check_linear(random(1, 128).expand(5, 128), wide, None)
+
+
+def test_linear_reads_nothing_beyond_its_arguments():
+    """NaNs around x, weight, bias and residual would show in the sums."""
+
+    def inside(*shape, seed):
+        block = torch.full((shape[0] + 2, shape[1] + 64), float("nan"), dtype=BF16)
+        block[1:-1, 32:-32] = random(*shape, seed=seed)
+        return block[1:-1, 32:-32]
+
+    bias = torch.full((39,), float("nan"))
+    bias[2:-2] = 1
+    check_linear(inside(17, 96, seed=0), inside(35, 96, seed=1) / 9, bias[2:-2], "gelu", inside(17, 35, seed=2))
+
+
+def test_a_nan_stays_in_its_row():
+    x = random(40, 64)
+    x[3, 5] = float("nan")
+    out = native_cpu.linear(x, random(48, 64, seed=1), None, None, None)
+    assert out[3].isnan().all() and not out[:3].isnan().any() and not out[4:].isnan().any()
+
+
+def test_nothing_in_nothing_out():
+    assert native_cpu.linear(random(0, 64), random(8, 64), None, None, None).shape == (0, 8)
+    assert native_cpu.linear(random(3, 64), random(0, 64), None, None, None).shape == (3, 0)
+    assert native_cpu.attention(random(0, 5, 96), 2).shape == (0, 5, 32)
+    assert native_cpu.attention(random(2, 0, 96), 2).shape == (2, 0, 32)
+    assert native_cpu.layer_norm(random(0, 8), None, random(8), None, 1e-6, 1.0)[1].shape == (0, 8)
+
+
+def test_what_the_library_refuses():
+    with pytest.raises(ValueError, match="K must be a multiple of 32, got 48"):
+        native_cpu.linear(random(2, 48), random(8, 48), None, None, None)
+    with pytest.raises(ValueError, match="head dim must be a multiple of 8 up to 256, got 4"):
+        native_cpu.attention(random(1, 2, 12), 1)
+    with pytest.raises(ValueError, match="windows of 3 do not tile"):
+        native_cpu.attention(random(1, 16, 96), 2, None, (4, 4, 3))
+
+
+# -- attention --------------------------------------------------------------------------------------------------
+
+
+def check_attention(qkv, heads, lengths=None, window=None):
+    starts = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int()
+    actual = native_cpu.attention(qkv, heads, starts, window)
+    plain = ops.attention(qkv, heads, starts, None, window, backend="reference")
+    assert_within(actual, attention_truth(qkv, heads, lengths, window), plain)
+
+
+@pytest.mark.parametrize("N", (1, 15, 16, 17, 31, 33, 206, 257, 300))
+@pytest.mark.parametrize("d", (8, 16, 32, 64, 72, 80, 96, 128))
+def test_attention_of_every_size(N, d, monkeypatch):
+    made = guarded(monkeypatch)
+    check_attention(random(2, N, 3 * 2 * d), 2)
+    assert_guarded(made[:1])
+
+
+def test_attention_of_a_long_image(threads):
+    """Five blocks of keys, in which the largest score moves on, and queries split among the threads."""
+    qkv = random(1, 1034, 3 * 64)
+    qkv[:, :, 64:128] *= torch.linspace(0.2, 4, 1034).view(1, -1, 1)
+    check_attention(qkv, 1)
+
+
+def test_attention_of_large_scores():
+    """The softmax is nearly one token's weight, and a shift of all scores changes nothing."""
+    qkv = random(1, 70, 3 * 64)
+    qkv[..., 0] = 30
+    qkv[..., 64] = OUTLIER
+    check_attention(qkv, 1)
+    check_attention(random(1, 300, 3 * 32) * 8, 1)
+
+
+@pytest.mark.parametrize("lengths", ([5, 1, 40], [300, 17], [0, 3, 0, 20], [33]))
+def test_attention_of_packed_images(lengths, threads):
+    check_attention(random(sum(lengths), 3 * 2 * 64), 2, lengths=lengths)
+
+
+def test_wrong_starts_of_packed_images_touch_no_other_memory(monkeypatch):
+    made = guarded(monkeypatch)
+    for starts in ([0, 1000], [-7, 20], [20, 3], [5, 9]):
+        native_cpu.attention(random(20, 96), 2, torch.tensor(starts, dtype=torch.int32))
+    monkeypatch.undo()
+    for block, _ in made:
+        assert block[:128].isnan().all() and block[-128:].isnan().all()
+
+
+@pytest.mark.parametrize("window", ((4, 6, 2), (8, 8, 8), (6, 3, 3), (5, 4, 1), (14, 14, 7)))
+def test_attention_inside_windows(window):
+    check_attention(random(2, window[0] * window[1], 3 * 2 * 32), 2, window=window)
+
+
+def test_attention_of_strided_qkv():
+    wide = random(4, 20, 200)
+    check_attention(wide[::2, 1::2, 8:104], 2)
+    check_attention(random(96, 20, 1).permute(2, 1, 0), 2)
+
+
+def test_attention_reads_nothing_beyond_its_arguments():
+    block = torch.full((1, 35, 96 + 64), float("nan"), dtype=BF16)
+    block[:, 1:34, 32:-32] = random(1, 33, 96)
+    check_attention(block[:, 1:34, 32:-32], 2)
+
+
+# -- norms ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float32))
+@pytest.mark.parametrize("rows, D", [(1, 1), (3, 15), (17, 16), (5, 33), (206, 768), (2, 5000)])
+@pytest.mark.parametrize("add", (False, True))
+def test_layer_norm(rows, D, dtype, add, monkeypatch, threads):
+    made = guarded(monkeypatch)
+    x, y = random(rows, D, dtype=dtype) + 3, random(rows, D, seed=1, dtype=dtype) if add else None
+    x[:, D // 2] *= OUTLIER
+    weight, bias = random(D, seed=2, dtype=dtype), random(D, seed=3, dtype=dtype)
+    s, out = native_cpu.layer_norm(x, y, weight, bias, 1e-6, 0.5)
+    plain = x if y is None else x + y
+    assert torch.equal(s, plain)
+    truth = F.layer_norm(plain.double(), (D,), weight.double(), bias.double(), 1e-6) * 0.5
+    assert_within(out, truth, F.layer_norm(plain, (D,), weight, bias, 1e-6) * 0.5)
+    assert_guarded(made)
+
+
+def test_layer_norm_of_strided_rows():
+    x, weight = random(4, 9, 64)[:, ::2, ::2], random(32, 2, seed=1)[:, 0]
+    _, out = native_cpu.layer_norm(x, x, weight, None, 1e-5, 1.0)
+    truth = F.layer_norm((x + x).double(), (32,), weight.double(), None, 1e-5)
+    assert_within(out, truth, F.layer_norm(x + x, (32,), weight, None, 1e-5))
+
+
+# -- threads ----------------------------------------------------------------------------------------------------
+
+
+def test_several_threads_at_once():
+    """Each has its own tiles and memory; results are those of a call alone."""
+    x, weight, qkv = random(70, 256), random(96, 256, seed=1), random(2, 50, 3 * 64)
+
+    def run():
+        linear = native_cpu.linear(x, weight, None, "gelu", None)
+        return linear, native_cpu.attention(qkv, 1), native_cpu.layer_norm(x, x, x[0], None, 1e-6, 1.0)[1]
+
+    alone, failures = run(), []
+
+    def worker():
+        for _ in range(20):
+            if not all(map(torch.equal, alone, run())):
+                failures.append("a result differs")
+
+    workers = [threading.Thread(target=worker) for _ in range(4)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join()
+    assert not failures
+
+
+def test_the_same_result_whatever_the_threads():
+    x, weight, qkv = random(206, 256), random(300, 256, seed=1), random(1, 206, 3 * 64)
+    results, before = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append((native_cpu.linear(x, weight, None, None, None), native_cpu.attention(qkv, 1)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
