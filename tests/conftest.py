@@ -41,6 +41,12 @@ def device() -> str:
 
 
 @pytest.fixture
+def without_amx(monkeypatch):
+    """A CPU on which none of our kernels run."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+
+
+@pytest.fixture
 def poison(monkeypatch):
     """Fill every torch.empty with NaN, so that an element a kernel does not write shows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)

@@ -18,7 +18,10 @@ from radio_fast.models.registry import ViTDet
 from radio_fast.ops import _dispatch
 from tests.tape import Recorder, Subclass, assert_same, eager, flat, image, load, replays, warm
 
-pytestmark = pytest.mark.filterwarnings("ignore:attention windows")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:attention windows"),
+    pytest.mark.usefixtures("without_amx"),  # the stand-in for graphs records PyTorch's operators
+]
 
 # -- calls that run as they are ----------------------------------------------------------------------------------------
 

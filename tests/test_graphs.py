@@ -18,7 +18,10 @@ from radio_fast.graphs import cache as graphs_cache
 from tests.conftest import golden_source
 from tests.tape import Subclass, Tape, assert_same, eager, image, load, replays, warm
 
-pytestmark = pytest.mark.filterwarnings("ignore:attention windows")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:attention windows"),
+    pytest.mark.usefixtures("without_amx"),  # the stand-in for graphs records PyTorch's operators
+]
 
 # -- replays -----------------------------------------------------------------------------------------------------------
 

@@ -199,7 +199,12 @@ for _name, _implementation in (("attention", _kernel), ("attention_cuda", _nativ
 
 
 def _cpu(
-    qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None, window: tuple | None
+    qkv: Tensor,
+    num_heads: int,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    window: tuple | None,
+    seqlens: tuple | None,
 ) -> Tensor:
     return _attention_cpu(qkv, num_heads, cu_seqlens, list(window or ()))
 

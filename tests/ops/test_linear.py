@@ -324,7 +324,7 @@ def test_gelu_is_the_exact_one(device):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reference_backend_is_the_reference(dtype, activation, device):
+def test_reference_backend_is_the_reference(dtype, activation, device, without_amx):
     x = outlier_input(2, 5, 32, dtype=dtype, seed=1, device=device)
     weight, bias = parameters(32, 24, dtype, device)
     norm = (*statistics(x), bias.new_ones(32), bias.new_zeros(32), 0.5)
