@@ -309,14 +309,16 @@ def register(name: str, schema: str, fake, kernel) -> None:
 
 
 def register_cpu(name: str, schema: str, fake, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Define `radio_fast::<name>` for CPU tensors; calls it where something traces, else its kernel, 8 µs sooner."""
+    """Define `radio_fast::<name>` for CPU tensors; calls it where something traces or profiles, else its kernel, 8 µs
+    sooner.
+    """
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"radio_fast::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.radio_fast, name)
 
     def run(*args):
-        plain = not torch.compiler.is_compiling() and torch_is_plain()
+        plain = not (torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()) and torch_is_plain()
         return kernel(*args) if plain else operator(*args)
 
     return run

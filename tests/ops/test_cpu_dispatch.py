@@ -214,3 +214,12 @@ def test_importing_asks_for_nothing():
     """The library is loaded, and AMX asked for, when the first tensor is there."""
     code = "import radio_fast; from radio_fast import native_cpu; assert not native_cpu._found"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@needs_amx
+def test_a_profile_shows_them(x, calls):
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        everything(x)
+    seen = {event.key for event in profiler.key_averages()}
+    names = ("linear_cpu", "layer_norm_cpu", "add_layer_norm_cpu", "attention_cpu")
+    assert seen >= {f"radio_fast::{name}" for name in names} and calls
