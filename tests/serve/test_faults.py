@@ -6,21 +6,28 @@ import ctypes
 import gc
 import itertools
 import logging
+import os
 import random
+import subprocess
+import sys
 import threading
+import time
 import weakref
 from concurrent.futures import CancelledError, wait
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from radio_fast import Embedder
 from radio_fast.images import ImageError
-from radio_fast.serve import compute
+from radio_fast.serve import compute, engine
 from radio_fast.serve.items import Item
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, QueueFull
-from tests.serve.models import SIDE, TIMEOUT, Gate, Reader, encoded, numbered, tiny
+from tests.serve.models import SIDE, TIMEOUT, Gate, Reader, encoded, numbered, threads, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def reader(before=lambda numbers: None, **options) -> Embedder:
@@ -40,6 +47,14 @@ def together(embedder: Embedder, gate: Gate, numbers) -> list:
     gate.open.set()
     assert number_of(first.result(TIMEOUT)) == 0
     return futures
+
+
+def await_decoded(embedder: Embedder, images: int) -> None:
+    """Until so many wait for the model."""
+    end = time.monotonic() + TIMEOUT
+    while len(embedder._engine._batcher) < images:
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def kill(thread: threading.Thread, error: type[BaseException]) -> None:
@@ -133,7 +148,7 @@ def test_outputs_for_fewer_images_than_were_given(monkeypatch):
 def test_the_model_thread_hit_by_a_fault(monkeypatch, caplog):
     """A fault of ours, not of the model: nothing is left waiting, and it is said."""
     gate = Gate()
-    embedder = reader(gate, max_tokens=4)
+    embedder = reader(gate, max_tokens=4, workers=1)
     futures = [embedder.submit(numbered(n)) for n in range(20)]
     assert gate.reached.wait(TIMEOUT)
     monkeypatch.setattr(embedder._engine._batcher, "take", lambda now, flush: 1 / 0)
@@ -574,3 +589,164 @@ def test_a_batch_started_before_memory_ran_out_for_another():
     snapshot = embedder.metrics.snapshot()
     assert snapshot.out_of_memory == 2 and embedder.max_tokens == snapshot.token_budget == 4
     embedder.close()
+
+
+# -- what holds things up, and what can't be had -----------------------------------------------------------------------
+
+
+def test_close_does_not_wait_for_a_worker_that_is_stuck(monkeypatch):
+    monkeypatch.setattr(engine, "LINGER", 0.01)
+    embedder, reached, go_on = reader(workers=1), threading.Event(), threading.Event()
+
+    def stuck(source, size_of):
+        reached.set()
+        go_on.wait()
+
+    embedder._engine._read = stuck
+    future = embedder.submit(numbered(1))
+    assert reached.wait(TIMEOUT)
+    closing = threading.Thread(target=embedder.close, kwargs={"drain": False}, daemon=True)
+    closing.start()
+    closing.join(TIMEOUT)
+    try:
+        assert not closing.is_alive() and embedder._engine._threads[1].is_alive()
+        assert isinstance(future.exception(0), EmbedderClosed)
+    finally:
+        go_on.set()
+
+
+def test_memory_that_runs_out_once_halves_the_budget_once():
+    """However small the batch: two images of four tokens say little of 4096."""
+    failures = [torch.OutOfMemoryError("for a moment")]
+
+    def before(numbers):
+        if len(numbers) > 1 and failures:
+            raise failures.pop()
+
+    gate = Gate()
+    with reader(
+        lambda numbers: (gate(numbers), before(numbers)), max_tokens=4096, workers=1, max_wait_ms=0
+    ) as embedder:
+        first = embedder.submit(numbered(0))
+        assert gate.reached.wait(TIMEOUT)
+        futures = [embedder.submit(numbered(n)) for n in (1, 2)]
+        await_decoded(embedder, 2)
+        gate.open.set()
+        assert [number_of(f.result(TIMEOUT)) for f in [first, *futures]] == [0, 1, 2]
+        assert embedder.max_tokens == embedder.metrics.snapshot().token_budget == 2048
+    assert embedder.model.batches == [[0], [1, 2], [1], [2]], "the parts are half of what failed"
+
+
+@pytest.mark.parametrize("no_memory", [False, True])
+def test_retries_heed_deadlines_and_close(no_memory, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(engine, "clock", lambda: now[0])
+    gate, again, go_on = Gate(), threading.Event(), threading.Event()
+
+    def before(numbers):
+        gate(numbers)
+        if len(numbers) > 1:
+            now[0] += 10 * (len(numbers) == 6)
+            raise torch.OutOfMemoryError if no_memory else RuntimeError
+        if numbers == [2]:
+            again.set()
+            assert go_on.wait(TIMEOUT)
+
+    embedder = reader(before, max_tokens=24, max_wait_ms=60_000, workers=1)
+    first = embedder.submit(numbered(0), deadline=TIMEOUT)
+    assert gate.reached.wait(TIMEOUT)
+    futures = [embedder.submit(numbered(n), deadline=5 if n == 1 else None) for n in range(1, 7)]
+    await_decoded(embedder, 6)
+    gate.open.set()
+    assert number_of(first.result(TIMEOUT)) == 0
+    with pytest.raises(DeadlineExceeded):
+        futures[0].result(TIMEOUT)
+    assert again.wait(TIMEOUT)
+    monkeypatch.setattr(engine, "clock", time.monotonic)
+    monkeypatch.setattr(engine, "LINGER", 0.01)
+    embedder.close(timeout=0)
+    for future in futures[1:]:
+        assert isinstance(future.exception(0), EmbedderClosed)
+    go_on.set()
+    embedder._engine._threads[0].join(TIMEOUT)
+    assert not {1, 3, 4, 5, 6} & {numbers[0] for numbers in embedder.model.batches if len(numbers) == 1}
+    assert embedder.metrics.snapshot().failed == {"deadline": 1, "closed": 5}
+
+
+def test_a_cancel_at_the_last_moment_is_counted_once(monkeypatch):
+    """Between an image's being taken out and its error."""
+    with reader(workers=1) as embedder:
+        inner = embedder._engine
+        take_out, cancelled = inner._take_out, []
+
+        def cancel_then(future):
+            taken = take_out(future)
+            if not cancelled:
+                cancelled.append(True)
+                cancelled[:] = [future.cancel()]
+            return taken
+
+        inner._take_out = cancel_then
+        future = embedder.submit(b"no image")
+        assert not wait([future], TIMEOUT).not_done and future.cancelled() and cancelled == [True]
+        snapshot = embedder.metrics.snapshot()
+    assert (snapshot.accepted, snapshot.cancelled, snapshot.failed) == (1, 1, {})
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_threads_that_cannot_be_started(which, monkeypatch):
+    before, started, start = threads(), [], threading.Thread.start
+
+    def limited(thread):
+        if len(started) == which:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    hooks = []
+    monkeypatch.setattr(engine.atexit, "register", hooks.append)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        reader(workers=3)
+    assert len(started) == which and threads() == before and not hooks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_has_a_closed_embedder():
+    """Whose lock a thread that is not there may hold."""
+    code = """
+import os, threading, torch
+torch.set_num_threads(1)
+from tests.serve.models import Reader, numbered, Gate
+import radio_fast
+gate = Gate()
+embedder = radio_fast.Embedder(Reader(gate), resolution=32, max_tokens=4, workers=1)
+futures = [embedder.submit(numbered(n)) for n in range(3)]
+assert gate.reached.wait(30)
+locked, go_on = threading.Event(), threading.Event()
+def hold():
+    with embedder._engine._lock:
+        locked.set()
+        go_on.wait(30)
+threading.Thread(target=hold).start()
+assert locked.wait(30)
+if os.fork() == 0:
+    for ask in (lambda: embedder.submit(numbered(1)), lambda: next(embedder.embed_many([numbered(1)]))):
+        try:
+            ask()
+        except radio_fast.serve.types.EmbedderClosed as error:
+            print(error, flush=True)
+    futures[2].cancel()
+    embedder.close()
+    print(embedder.closed, flush=True)
+    os._exit(0)
+os.wait()
+go_on.set()
+gate.open.set()
+embedder.close()
+print([int(future.result().summary) for future in futures], embedder.closed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    told = "the embedder is another process's: make one after the fork\n"
+    assert done.stdout == 2 * told + "True\n[0, 1, 2] True\n", done.stderr
