@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError, wait
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -430,64 +430,117 @@ def test_ten_thousand_images_and_every_fault(seed, caplog):
 # -- copies to and from a GPU, on a stand-in ---------------------------------------------------------------------------
 
 
-class FakeStream:
-    def __init__(self, device=None):
-        self.waited: list = []
+class FakeGPU:
+    """Copies that need not be waited for are done when an event is; `log` has what was asked, in order."""
 
-    def wait_stream(self, stream):
-        self.waited.append(stream)
+    def __init__(self, monkeypatch):
+        self.log: list[tuple] = []
+        self.copies: list[tuple] = []
+        self.pinned: list[torch.Tensor] = []
+        gpu, empty, copy, to = self, torch.empty, torch.Tensor.copy_, torch.Tensor.to
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                gpu.log.append(("wait", self, other))
+
+        class Event:
+            def record(self):
+                gpu.log.append(("record", gpu.current))
+
+            def synchronize(self):
+                gpu.log.append(("synchronize",))
+                with torch.inference_mode():
+                    for to, what in gpu.copies:
+                        copy(to, what)
+                gpu.copies.clear()
+
+        @contextmanager
+        def stream(chosen):
+            before, gpu.current = gpu.current, chosen
+            yield
+            gpu.current = before
+
+        def pinning(*size, pin_memory=False, **options):
+            found = empty(*size, **options)
+            if pin_memory:
+                gpu.pinned.append(found.zero_())
+            return found
+
+        def copying(to, what, non_blocking=False):
+            if not non_blocking:
+                return copy(to, what)
+            assert any(to is one for one in gpu.pinned), "a copy to other memory is waited for"
+            gpu.copies.append((to, what))
+            return to
+
+        def moving(tensor, *args, **options):
+            if any(tensor is one for one in gpu.pinned):
+                assert options == {"non_blocking": True}
+                gpu.log.append(("upload", gpu.current))
+            return to(tensor, *args, **options)
+
+        self.default = self.current = Stream()
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: self.default)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, stream: self.log.append(("kept for", stream, tensor.numel()))
+        )
+        monkeypatch.setattr(torch, "empty", pinning)
+        monkeypatch.setattr(torch.Tensor, "copy_", copying)
+        monkeypatch.setattr(torch.Tensor, "to", moving)
 
 
-class FakeEvent:
-    """A GPU that computes when it is waited for."""
-
-    def __init__(self):
-        self.recorded = False
-
-    def record(self):
-        self.recorded = True
-
-    def synchronize(self):
-        assert self.recorded
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    current = []
-
-    class Stream(nullcontext):
-        def __enter__(self):
-            current.append(self.enter_result)
-
-        def __exit__(self, *_):
-            current.pop()
-
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the default one")
-    monkeypatch.setattr(torch.cuda, "stream", Stream)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: current.append(stream) or current.pop())
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
-    return current
-
-
-def test_batches_by_way_of_a_gpu(fake_gpu):
+def test_batches_by_way_of_a_gpu(monkeypatch):
     model = tiny()
-    on_gpu, on_cpu = compute.OnGPU(model), compute.OnCPU(model)
-    assert on_gpu.computing.waited == ["the default one"]
+    on_cpu = compute.OnCPU(model)
     images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((32, 48), (32, 48), (16, 64))]
     images[1] = images[1].permute(0, 2, 1).contiguous().permute(0, 2, 1)
-    for batch in (images, images[:2], [images[0], images[2].float() / 255]):
-        wanted = [i != 1 for i in range(len(batch))]
-        found = on_gpu.start(batch, wanted, 1000)()
-        truth = on_cpu.start(batch, wanted, 1000)()
-        for ours, theirs, keep in zip(found, truth, wanted, strict=True):
+    batches = images, images[:2], [images[0], images[2].float() / 255]
+    wanted = [[i != 1 for i in range(len(batch))] for batch in batches]
+    truths = [on_cpu.start(batch, keep, 1000)() for batch, keep in zip(batches, wanted, strict=True)]
+    gpu = FakeGPU(monkeypatch)
+    on_gpu = compute.OnGPU(model)
+    uploads, computing = on_gpu.uploads, on_gpu.computing
+    assert uploads is not computing and gpu.log == [("wait", computing, gpu.default)]
+    for batch, keep, truth in zip(batches, wanted, truths, strict=True):
+        gpu.log.clear()
+        gpu.pinned.clear()
+        finish = on_gpu.start(batch, keep, 1000)
+        assert len(gpu.pinned) == 2 + sum(keep) and len(gpu.copies) == 1 + sum(keep), "what nobody wants stays there"
+        assert gpu.log == [
+            ("upload", uploads), ("wait", computing, uploads), ("wait", computing, gpu.default),
+            ("kept for", computing, sum(image.numel() for image in batch)), ("record", computing),
+        ]  # fmt: skip
+        found = finish()
+        assert gpu.log[5:] == [("synchronize",)] and gpu.current is gpu.default
+        for ours, theirs, kept in zip(found, truth, keep, strict=True):
             assert torch.equal(ours["backbone"].summary, theirs["backbone"].summary)
             assert not ours["backbone"].summary.is_inference()
-            assert torch.equal(ours["backbone"].features, theirs["backbone"].features) if keep else (
+            assert torch.equal(ours["backbone"].features, theirs["backbone"].features) if kept else (
                 ours["backbone"].features is None)  # fmt: skip
-    assert not fake_gpu and on_gpu.computing.waited[1:] == [on_gpu.uploads] * 3
+
+
+def test_features_that_nobody_wants_are_not_kept(monkeypatch):
+    FakeGPU(monkeypatch)
+    real, seen = compute.forward, []
+
+    def forward(*args):
+        outputs = real(*args)
+        seen.extend(weakref.ref(one) for one in outputs["backbone"].features)
+        return outputs
+
+    monkeypatch.setattr(compute, "forward", forward)
+    images = [torch.zeros(3, *size, dtype=torch.uint8) for size in ((32, 48), (16, 64))]
+    finish = compute.OnGPU(tiny()).start(images, [False, True], 1000)
+    gc.collect()
+    assert seen[0]() is None
+    assert [one["backbone"].features is None for one in finish()] == [True, False]
 
 
 def test_two_batches_are_under_way_at_a_time():
