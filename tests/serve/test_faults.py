@@ -658,11 +658,10 @@ def test_close_does_not_wait_for_a_worker_that_is_stuck(monkeypatch):
     embedder._engine._read = stuck
     future = embedder.submit(numbered(1))
     assert reached.wait(TIMEOUT)
-    closing = threading.Thread(target=embedder.close, kwargs={"drain": False}, daemon=True)
-    closing.start()
-    closing.join(TIMEOUT)
+    closed = threading.Event()
+    threading.Thread(target=lambda: (embedder.close(drain=False), closed.set()), daemon=True).start()
     try:
-        assert not closing.is_alive() and embedder._engine._threads[1].is_alive()
+        assert closed.wait(TIMEOUT) and embedder._engine._threads[1].is_alive()
         assert isinstance(future.exception(0), EmbedderClosed)
     finally:
         go_on.set()
