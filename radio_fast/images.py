@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,22 +36,33 @@ def check_size(name: str, width: int, height: int, max_pixels: int) -> None:
         )
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """An `opener` for `open` that takes regular files alone: opening a pipe, or reading it, may take for ever."""
+    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither the flag nor such files
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise ImageError(f"{path}: no regular file")
+
+
 def read_image(source: str | os.PathLike | bytes, max_pixels: int | None = None) -> Image.Image:
     """An RGB picture, turned upright by its EXIF orientation; the first one of an animation. Safe in threads.
 
     Raises:
         ImageTooLarge: more than `max_pixels` (None: Pillow's own limit), or than twice Pillow's.
-        ImageError: missing, no image of the kinds in `FORMATS`, or truncated.
+        ImageError: missing, no regular file, no image of the kinds in `FORMATS`, or truncated.
     """
     from PIL import Image, UnidentifiedImageError
 
     name = "image" if isinstance(source, bytes) else str(source)
-    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
     if max_pixels is None:
         max_pixels = Image.MAX_IMAGE_PIXELS
     Image.init()
     try:
-        with Image.open(file, formats=sorted(FORMATS & Image.OPEN.keys())) as image:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else open(Path(source), "rb", opener=_open_regular) as file,
+            Image.open(file, formats=sorted(FORMATS & Image.OPEN.keys())) as image,
+        ):
             if max_pixels is not None:
                 check_size(name, *image.size, max_pixels)
             return upright(image)

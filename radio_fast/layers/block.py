@@ -76,6 +76,11 @@ def call(block: nn.Module, x: Tensor, window: tuple[int, int, int] | Segments | 
     """block(x, window), where what stands in the block's place, or around it, may know nothing of packed images."""
     if window is None:
         return block(x)
-    if isinstance(window, Segments) and not isinstance(block, Block):
+    if isinstance(window, Segments) and not untouched(block, Block):
         return window.apart(block, x)
     return block(x, window)
+
+
+def call_rowwise(module: nn.Module, x: Tensor, segments: Segments, *kinds: type) -> Tensor:
+    """module(x) for images one after another, which only those of `kinds`, as they were made, are sure not to mix."""
+    return module(x) if untouched(module, *kinds) else segments.apart(module, x)

@@ -7,10 +7,10 @@ from radio_fast import ops
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 
 
-def untouched(module: nn.Module | None, kind: type) -> bool:
+def untouched(module: nn.Module | None, *kinds: type) -> bool:
     """Whether using a layer's parts does what calling it would: no hook, wrapper, patch or compiled form of it."""
     return (
-        type(module) is kind
+        type(module) in kinds
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and module._compiled_call_impl is None

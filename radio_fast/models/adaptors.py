@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.block import Block, call
-from radio_fast.layers.mlp import Mlp
+from radio_fast.layers.block import Block, call, call_rowwise
+from radio_fast.layers.mlp import Mlp, untouched
 from radio_fast.layers.norm import LayerNorm
 from radio_fast.layers.packing import Packing, Segments
 from radio_fast.models.text import TextTower, normalized
@@ -77,7 +77,7 @@ class AttnHead(nn.Module):
     def forward(self, x: Tensor, window: Segments | None = None) -> Tensor:
         for block in self.blocks:
             x = call(block, x, window)
-        return self.mlp(x)
+        return self.mlp(x) if window is None else call_rowwise(self.mlp, x, window, MlpV2)
 
 
 def _count(state: Iterable[str], prefix: str) -> int:
@@ -144,11 +144,11 @@ class Adaptor(nn.Module):
         summary = _run(self.head_mlp, prefix[:, self.token_slot])
         if packing is None:
             return summary, self._spread(_run(self.feat_mlp, features), h, w, feature_fmt)
-        if isinstance(self.feat_mlp, AttnHead):
+        if untouched(self.feat_mlp, AttnHead):
             y = _run(self.feat_mlp, features, packing.patches)
-        elif isinstance(self.feat_mlp, (MlpV1, MlpV2)):
+        elif untouched(self.feat_mlp, MlpV1, MlpV2):
             y = _run(self.feat_mlp, features)
-        else:  # whatever has been put in its place may mix an image's tokens
+        else:  # whatever has been put in its place, or around it, may mix an image's tokens
             y = packing.patches.apart(partial(_run, self.feat_mlp), features)
         parts = zip(y.split(packing.patches.lengths, dim=1), packing.grids, strict=True)
         return summary, tuple(self._spread(part, *grid, feature_fmt)[0] for part, grid in parts)

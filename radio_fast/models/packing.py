@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
+from radio_fast.layers.block import call_rowwise
 from radio_fast.layers.packing import Packing
 from radio_fast.models.adaptors import to_nchw
+from radio_fast.models.normalizers import FeatureNormalizer
 
 
 class PackedOutput(NamedTuple):
@@ -51,6 +53,8 @@ def check_patches(patches: Tensor, p: int, device: torch.device) -> None:
 def _check_pixels(x: Tensor, name: str, device: torch.device) -> None:
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f"{name} must be uint8 or float in [0, 1], got {x.dtype}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, got {x.layout}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device} and the model on {device}: move one of them with .to(...)")
 
@@ -112,7 +116,7 @@ def packed_outputs(
     summary = torch.cat([prefix[:, i] for i in model.model.summary_tokens], dim=1)
     features = tokens.index_select(0, packing.patch_rows).unsqueeze(0)
     if model.feature_normalizer is not None:
-        features = model.feature_normalizer(features)
+        features = call_rowwise(model.feature_normalizer, features, packing.patches, FeatureNormalizer)
     parts = features.split(packing.patches.lengths, dim=1)
     if fmt == "NCHW":
         parts = [to_nchw(part, h, w) for part, (h, w) in zip(parts, packing.grids, strict=True)]

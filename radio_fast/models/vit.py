@@ -9,7 +9,7 @@ from torch import Tensor, cat, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.block import Block, call
+from radio_fast.layers.block import Block, call, call_rowwise
 from radio_fast.layers.mlp import Mlp, SwiGLU, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.layers.packing import Packing, Segments
@@ -155,6 +155,7 @@ class VisionTransformer(Backbone):
     ) -> Tensor:
         """`packing`: of `image`, the patches (ΣT, 3, p, p) of several images, → (1, Σ(P + T), D)."""
         if packing is not None:
-            return self.norm(self.run_packed(self.patch_generator(image, conditioner, dtype, packing), packing))
+            x = self.run_packed(self.patch_generator(image, conditioner, dtype, packing), packing)
+            return call_rowwise(self.norm, x, packing.tokens, LayerNorm, DynamicTanh, nn.Identity)
         x = self.patch_generator(image, conditioner, dtype)
         return self.norm(self.run_blocks(x, *self.grid(image)))

@@ -15,7 +15,8 @@ from radio_fast.graphs.capture import map_tensors
 from radio_fast.model import RADIOModel, RadioOutput
 
 Outputs = dict[str, RadioOutput]  # one image's
-Several = Mapping[str, tuple[Tensor, Sequence[Tensor]]]  # B images': summaries (B, S·D), features B × (T_i, D)
+# B images': summaries (B, S·D), features B × (T_i, D), or None of those that nobody wants
+Several = Mapping[str, tuple[Tensor, Sequence[Tensor | None]]]
 Finish = Callable[[], list[Outputs]]
 
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
@@ -117,6 +118,7 @@ class OnGPU:
         self.device = model.model.device
         self.uploads, self.computing = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.computing.wait_stream(torch.cuda.current_stream(self.device))  # whoever made the weights
+        self.default = torch.cuda.default_stream(self.device)
 
     def start(self, pixels: Sequence[Tensor], wanted: Sequence[bool], budget: int) -> Finish:
         """As `OnCPU.start`, but returns before the GPU has done the work."""
@@ -129,6 +131,7 @@ class OnGPU:
             with torch.cuda.stream(self.uploads):
                 there = flat.to(self.device, non_blocking=True)
             self.computing.wait_stream(self.uploads)
+            self.computing.wait_stream(self.default)  # whoever has changed the weights in place since
             with torch.cuda.stream(self.computing):
                 there.record_stream(self.computing)
                 parts = there.split([image.numel() for image in pixels])
@@ -136,7 +139,7 @@ class OnGPU:
                 outputs = {
                     name: (
                         _to_host(summaries),
-                        [_to_host(one) if keep else one for one, keep in zip(features, wanted, strict=True)],
+                        [_to_host(one) if keep else None for one, keep in zip(features, wanted, strict=True)],
                     )
                     for name, (summaries, features) in forward(self.model, images, budget).items()
                 }

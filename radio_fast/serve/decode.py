@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ LEGAL = (
     "a path, the bytes of an image file, a PIL image, a numpy array (H, W, 3) of uint8, or a torch tensor (3, H, W) of "
     "uint8 or float in [0, 1]"
 )
+
+# Pillow reads a file when its pixels or tags are first asked for, and is not safe in threads at that.
+_reading = threading.Lock()
 
 
 def hold(image: Any, max_pixels: int) -> Any:
@@ -34,6 +38,8 @@ def hold(image: Any, max_pixels: int) -> Any:
         check_size("array", image.shape[1], image.shape[0], max_pixels)
         return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)
     if isinstance(image, Tensor):
+        if image.layout != torch.strided or image.is_nested or image.is_meta:
+            raise ValueError("a tensor must be dense, with its pixels in memory")
         if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
             raise ValueError(f"a tensor must be (3, H, W), got {tuple(image.shape)}")
         if image.dtype != torch.uint8 and not image.is_floating_point():
@@ -46,6 +52,9 @@ def hold(image: Any, max_pixels: int) -> Any:
     if picture is not None and isinstance(image, picture):
         check_size("image", *image.size, max_pixels)
         try:
+            with _reading:
+                image.load()
+                image.getexif()
             return upright(image)
         except Exception as error:
             raise ImageError(f"image: {str(error) or type(error).__name__}") from error
@@ -63,6 +72,9 @@ def hold(image: Any, max_pixels: int) -> Any:
 def read_pixels(source: Any, size_of: Callable[[int, int], tuple[int, int]], max_pixels: int) -> Tensor:
     """(3, h, w), (h, w) = size_of(height, width of the picture): uint8, or float32 in [0, 1] for a float tensor.
 
+    Its memory is in that order too: here, among many threads, turning what Pillow gives costs less than in the one that
+    feeds the model.
+
     What has another size is resized, bicubic and antialiased: by Pillow, as the command line does; a float tensor by
     torch, cut to [0, 1].
 
@@ -71,6 +83,10 @@ def read_pixels(source: Any, size_of: Callable[[int, int], tuple[int, int]], max
     """
     if isinstance(source, ImageError):
         raise source
+    return _read(source, size_of, max_pixels).contiguous()
+
+
+def _read(source: Any, size_of: Callable[[int, int], tuple[int, int]], max_pixels: int) -> Tensor:
     if not isinstance(source, Tensor):
         encoded = isinstance(source, (bytes, str, os.PathLike))
         picture = read_image(source, max_pixels) if encoded else source

@@ -10,17 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 
 from radio_fast.export import legal_size
 from radio_fast.graphs.cache import MAX_ROWS
-from radio_fast.images import ImageError
+from radio_fast.images import ImageError, ImageTooLarge
 from radio_fast.model import RADIOModel
+from radio_fast.serve import engine
 from radio_fast.serve.compute import OnCPU, OnGPU, batch_sizes, forward, grid
 from radio_fast.serve.decode import hold, read_pixels
-from radio_fast.serve.engine import Engine
 from radio_fast.serve.metrics import Metrics
 from radio_fast.serve.types import EmbedderClosed, Embedding
 
@@ -34,6 +35,16 @@ ResolutionLike = tuple[int, int] | int | str | None
 def check_whole(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_number(name: str, value: float, legal: str, positive: bool = False) -> float:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # of a whole number
+        number = math.inf
+    if not 0 <= number < math.inf or (positive and not number):
+        raise ValueError(f"{name} must be {legal}, got {str(value)[:50]}")
+    return number
 
 
 def legal_resolution(model: RADIOModel, resolution: ResolutionLike) -> tuple[int, int]:
@@ -70,11 +81,12 @@ class Embedder:
         max_tokens: features a batch may have (an image has H/p · W/p); an image of more goes alone. None: 16384 on a
             GPU, as many as a CUDA graph is made for; on a CPU four images of the model's preferred size.
         max_queue: how many images may be accepted and not done, those in the model included. With the images themselves
-            this bounds memory: no more than two batches beyond the one in the model are decoded ahead.
+            this bounds memory: no more than two batches, and an image for each worker, are decoded ahead of the model.
         max_wait_ms: how long a decoded image may wait for others to share its batch.
         resolution: what images are resized to, in pixels: (height, width), a side, "native" for each image's nearest
             legal size, None for the model's preferred one.
-        max_pixels: larger images are refused by their header. With "native" it bounds the work for an image too.
+        max_pixels: larger images are refused by their header; with "native" also those whose nearest legal size is
+            larger, as every side has to be one step at least. It then bounds the work for an image too.
         workers: threads that decode; as many as there are CPUs, 8 at most, if None.
 
     Raises:
@@ -112,12 +124,11 @@ class Embedder:
             "max_tokens": max_tokens, "max_queue": max_queue, "max_pixels": max_pixels, "workers": workers,
         }.items():  # fmt: skip
             check_whole(name, value)
-        if not isinstance(max_wait_ms, (int, float)) or not 0 <= max_wait_ms < math.inf:
-            raise ValueError(f"max_wait_ms must be a number of milliseconds from 0 on, got {max_wait_ms!r}")
+        max_wait_ms = check_number("max_wait_ms", max_wait_ms, "a number of milliseconds from 0 on")
         self._max_pixels = max_pixels
         # What embed_many has under way: two batches for the model, and two images for each worker.
         self._window = min(max_queue, 2 * workers + 2 * -(-max_tokens // tokens))
-        self._engine = Engine(
+        self._engine = engine.Engine(
             (OnGPU if on_gpu else OnCPU)(model),
             partial(read_pixels, max_pixels=max_pixels),
             partial(grid, model),
@@ -140,7 +151,14 @@ class Embedder:
         if self.model.model.only_size:
             raise ValueError(f"resolution: this model takes only {self.model.model.only_size} pixels, not 'native'")
         nearest = self.model.get_nearest_supported_resolution
-        return lambda height, width: tuple(nearest(height, width))
+
+        def size_of(height: int, width: int) -> tuple[int, int]:
+            h, w = nearest(height, width)
+            if h * w > self._max_pixels:
+                raise ImageTooLarge(f"image: {h} × {w} pixels, its nearest legal size; {self._max_pixels} are allowed")
+            return h, w
+
+        return size_of
 
     @property
     def max_tokens(self) -> int:
@@ -153,7 +171,7 @@ class Embedder:
 
     @property
     def closed(self) -> bool:
-        return self._engine.closed
+        return self._engine.closed or self._engine.forked
 
     @property
     def metrics(self) -> Metrics:
@@ -168,7 +186,8 @@ class Embedder:
             image: a path; the bytes of an image file; a PIL image, which is decoded and copied here if it is not yet;
                 numpy (H, W, 3) uint8; torch (3, H, W), uint8 or float in [0, 1], on any device. Arrays and tensors are
                 copied: they are the caller's again.
-            deadline: seconds from now. An image that is not in the model by then fails.
+            deadline: seconds from now. An image that is not in the model by then fails, and one whose batch has failed
+                is not computed again after it.
             features: give the features too, not the summaries alone.
             resolution: for this image, in place of the embedder's.
 
@@ -189,9 +208,13 @@ class Embedder:
     def _submit(
         self, image: Any, deadline: float | None, features: bool, resolution: ResolutionLike, wait: bool = False
     ) -> Future[Embedding]:
+        end = engine.clock()
         try:
-            if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline < math.inf):
-                raise ValueError(f"deadline must be a number of seconds above 0, or None, got {deadline!r}")
+            end += (
+                math.inf
+                if deadline is None
+                else check_number("deadline", deadline, "a number of seconds above 0, or None", positive=True)
+            )
             size_of = self._size_of(self._resolution if resolution is None else resolution)
             source = hold(image, self._max_pixels)
         except ImageError as error:
@@ -199,7 +222,7 @@ class Embedder:
         except ValueError:
             self.metrics.reject("invalid")
             raise
-        return self._engine.submit(source, size_of, bool(features), deadline, wait)
+        return self._engine.submit(source, size_of, bool(features), end, wait)
 
     async def embed(
         self, image: Any, *, deadline: float | None = None, features: bool = False, resolution: ResolutionLike = None
@@ -231,7 +254,15 @@ class Embedder:
             ValueError: at once: `images` or the resolution are not legal.
         """
         self._size_of(resolution)
-        return self._embed_many(iter(images), features, resolution, return_exceptions)
+        try:
+            if isinstance(images, (str, bytes, bytearray, memoryview)):
+                raise TypeError
+            images = iter(images)
+        except TypeError:
+            raise ValueError(
+                f"images must be several, got {type(images).__name__}: put a single one into a list"
+            ) from None
+        return self._embed_many(images, features, resolution, return_exceptions)
 
     def _embed_many(
         self, images: Iterator[Any], features: bool, resolution: ResolutionLike, return_exceptions: bool
@@ -258,7 +289,7 @@ class Embedder:
                 except EmbedderClosed as error:
                     failure = error
                     break
-                except ValueError as error:
+                except Exception as error:
                     waiting.append(Future())
                     waiting[-1].set_exception(error)
                 while waiting and (len(waiting) >= self._window or waiting[0].done()):
@@ -283,14 +314,20 @@ class Embedder:
                     forward(self.model, [blank] * size, budget)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Take no more images, and return when all are done and the threads gone; as often as one likes.
+        """Take no more images, and return when all are done; as often as one likes. The threads are gone then, but for
+        one that a decoder or a batch holds up: it is waited for 5 s more, and ends by itself.
 
         Args:
             drain: finish the images that are accepted; otherwise those that are not in the model fail with
                 EmbedderClosed.
             timeout: seconds after which those that are left fail with EmbedderClosed too. A batch in the model can't
-                be stopped; its thread then ends by itself.
+                be stopped.
+
+        Raises:
+            ValueError: `timeout` is no number of seconds from 0 on.
         """
+        if timeout is not None:
+            timeout = check_number("timeout", timeout, "a number of seconds from 0 on, or None")
         self._engine.close(drain, timeout)
 
     def __enter__(self) -> Embedder:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import Any
@@ -23,9 +24,9 @@ from torch import Tensor
 from radio_fast.images import ImageError, ImageTooLarge
 from radio_fast.serve.batcher import Batcher
 from radio_fast.serve.compute import OnCPU, OnGPU, Outputs, out_of_memory
-from radio_fast.serve.items import Batch, Item, freed
+from radio_fast.serve.items import Batch, Hand, Item, closed, freed
 from radio_fast.serve.metrics import Metrics
-from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding, QueueFull, Timings
+from radio_fast.serve.types import EmbedderClosed, Embedding, QueueFull, Timings
 
 log = logging.getLogger("radio_fast")
 clock = time.monotonic
@@ -33,19 +34,12 @@ clock = time.monotonic
 AHEAD = 2  # batches' worth of images that are decoded before the model needs them
 SHORTEST_RETRY, LONGEST_RETRY = 0.05, 30.0  # seconds
 AT_EXIT = 5.0  # seconds that an interpreter waits for the batch under way
+LINGER = 5.0  # seconds that close() waits for the threads once all images are done
 
 
 def _forget_cancelled(engine: weakref.ref[Engine], future: Future) -> None:
     if future.cancelled() and (found := engine()) is not None:
         found.forget(future)
-
-
-class _Hand:
-    """What a worker holds, and what has hit it."""
-
-    item: Item | None = None
-    error: BaseException | None = None
-    ended = False
 
 
 class Engine:
@@ -76,22 +70,41 @@ class Engine:
         self._batcher: Batcher[Item] = Batcher(budget, max_wait)
         self._pace = 0.0  # seconds an image has taken lately
         self._cancelled = partial(_forget_cancelled, weakref.ref(self))
-        self._threads = [threading.Thread(target=self._compute, name="radio_fast-model", daemon=True)]
-        for i in range(workers):
-            self._threads.append(threading.Thread(target=self._decode, name=f"radio_fast-decode-{i}", daemon=True))
+        self._pid = os.getpid()
+        self._threads: list[threading.Thread] = []
+        try:
+            self._run(self._compute, "radio_fast-model")
+            for i in range(workers):
+                self._run(self._decode, f"radio_fast-decode-{i}")
+        except BaseException:  # the system has no thread left
+            self.close(drain=False)
+            raise
         # A daemon inside the model while the interpreter is taken down could crash it.
         atexit.register(self._at_exit)
-        for thread in self._threads:
-            thread.start()
+
+    def _run(self, work: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     @property
     def budget(self) -> int:
         return self._batcher.budget
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy in a child process: without threads, and with locks that may be held for ever."""
+        return os.getpid() != self._pid
+
     # -- submitting -------------------------------------------------------------------------------------------------
+
+    def check_process(self) -> None:
+        if self.forked:
+            raise EmbedderClosed("the embedder is another process's: make one after the fork")
 
     def check_room(self) -> None:
         """Raises EmbedderClosed, QueueFull."""
+        self.check_process()
         with self._lock:
             if self.closed:
                 self.metrics.reject("closed")
@@ -103,9 +116,10 @@ class Engine:
                 raise QueueFull(f"{waiting} images are waiting, as many as may", retry_after)
 
     def submit(
-        self, source: Any, size_of: Callable, features: bool, deadline: float | None, wait: bool = False
+        self, source: Any, size_of: Callable, features: bool, deadline: float, wait: bool = False
     ) -> Future[Embedding]:
-        """Accept an image; with `wait`, once there is room. Raises EmbedderClosed, QueueFull."""
+        """Accept an image, `deadline` by `clock`; with `wait`, once there is room. Raises EmbedderClosed, QueueFull."""
+        self.check_process()
         with self._lock:
             while wait and not self.closed and len(self._items) >= self.max_queue:
                 self._room.wait()
@@ -119,9 +133,9 @@ class Engine:
 
     def forget(self, future: Future) -> None:
         """The caller has cancelled it."""
-        if self._take_out(future):
+        if not self.forked and self._take_out(future):
             future.set_running_or_notify_cancel()  # concurrent.futures.wait counts it as done only then
-        self.metrics.cancel()
+            self.metrics.cancel()
 
     # -- the end of an item -----------------------------------------------------------------------------------------
 
@@ -140,27 +154,25 @@ class Engine:
             return True
 
     def _complete(self, item: Item, result: Embedding) -> None:
-        taken = self._take_out(item.future)
-        if taken:
-            self.metrics.complete(result.timings)
-        self._settle(item.future, taken, item.future.set_result, result)
+        self._end(item.future.set_result, result, item.future, partial(self.metrics.complete, result.timings))
 
     def _fail(self, item: Item, kind: str, error: BaseException) -> None:
         """`kind`: as in `Snapshot.failed`."""
-        taken = self._take_out(item.future)
-        if taken:
-            self.metrics.fail(kind)
         if not isinstance(error, Exception):  # result() would end its caller's thread with a SystemExit
             cause, error = error, RuntimeError(f"the embedder was hit by {type(error).__name__}: {error}")
             error.__cause__ = cause
-        self._settle(item.future, taken, item.future.set_exception, error)
+        self._end(item.future.set_exception, error, item.future, partial(self.metrics.fail, kind))
 
-    def _settle(self, future: Future, taken: bool, settle: Callable, value: Embedding | BaseException) -> None:
+    def _end(self, settle: Callable, value: Embedding | BaseException, future: Future, count: Callable) -> None:
+        if self._take_out(future):
+            # From here on it can't be cancelled, and is counted once.
+            if not future.running() and not future.set_running_or_notify_cancel():
+                count = self.metrics.cancel
+            count()
         try:
             settle(value)
         except InvalidStateError:  # another thread was faster, or a cancel()
-            if taken and future.cancelled():
-                future.set_running_or_notify_cancel()
+            pass
         except BaseException:  # concurrent.futures logs a callback's Exception itself
             log.exception("a callback of an image's future failed")
 
@@ -170,7 +182,7 @@ class Engine:
         """Whatever kills a worker costs one image and no worker. An exception that another thread injects can come
         anywhere, here in the handler too: hence two loops.
         """
-        hand = _Hand()
+        hand = Hand()
         while not hand.ended:
             try:
                 while not hand.ended:
@@ -184,7 +196,7 @@ class Engine:
             except BaseException:
                 continue
 
-    def _decode_next(self, hand: _Hand) -> bool:
+    def _decode_next(self, hand: Hand) -> bool:
         """Decode an image when there is one and room for it; False at the end."""
         with self._lock:
             while not self._undecoded or self._batcher.tokens >= AHEAD * self._batcher.budget:
@@ -196,7 +208,7 @@ class Engine:
             del self._undecoded[future]
         now = clock()
         if item.deadline <= now:
-            self._fail(item, "deadline", _late(item, now))
+            self._fail(item, "deadline", item.late(now))
         else:
             try:
                 pixels = self._read(item.source, item.size_of)
@@ -265,9 +277,9 @@ class Engine:
                 elif not wait or (self.closed and not self._items):
                     return []
                 else:
-                    self._ready.wait(pause)
+                    self._ready.wait(None if pause is None else min(pause, threading.TIMEOUT_MAX))
             for item in expired:
-                self._fail(item, "deadline", _late(item, now))
+                self._fail(item, "deadline", item.late(now))
             if items:
                 return items
 
@@ -276,8 +288,8 @@ class Engine:
         if future not in self._items:
             return False
         running = future.set_running_or_notify_cancel()
-        if not running:
-            self._take_out(future)
+        if not running and self._take_out(future):
+            self.metrics.cancel()
         return running
 
     def _start(self, items: list[Item]) -> Batch:
@@ -314,29 +326,42 @@ class Engine:
         return Embedding(outputs, height, width, self._grid_of(height, width), timings)
 
     def _recover(self, items: list[Item], error: BaseException) -> None:
-        """Split up a batch that failed: by half the budget if it didn't fit into memory, else into single images."""
+        """Split up a batch that failed: into halves, within the budget, if it didn't fit into memory, else into single
+        images.
+        """
         no_memory = out_of_memory(error)
         if len(items) == 1:
             self._fail(items[0], "out_of_memory" if no_memory else "model", error)
             return
         self.metrics.retry()
+        tokens = sum(item.tokens for item in items)
         if no_memory:
-            self._halve(sum(item.tokens for item in items), error)
+            self._halve(tokens, error)
         rest = deque(items)
-        while rest:
+        while rest := self._wanted(rest):
             part = [rest.popleft()]
-            room = self._batcher.budget - part[0].tokens  # a part that fails changes it for those after
+            room = min(tokens // 2, self._batcher.budget) - part[0].tokens  # a part that fails halves the budget again
             while no_memory and rest and rest[0].tokens <= room:
                 room -= rest[0].tokens
                 part.append(rest.popleft())
             self._finish(self._start(part))
+
+    def _wanted(self, items: Iterable[Item]) -> deque[Item]:
+        """Those of images under way that are neither late by now nor failed by close()."""
+        now, rest = clock(), deque()
+        for item in items:
+            if item.deadline <= now:
+                self._fail(item, "deadline", item.late(now))
+            elif item.future in self._items:
+                rest.append(item)
+        return rest
 
     def _halve(self, tokens: int, error: BaseException) -> None:
         """Batches of so many tokens don't fit. Nothing new, if they were started before the budget was halved."""
         with self._lock:
             if tokens > self._batcher.budget:
                 return
-            budget = self._batcher.budget = max(tokens // 2, 1)
+            budget = self._batcher.budget = max(self._batcher.budget // 2, 1)
         if self.metrics.halve(budget) == 1:
             log.warning("%d tokens don't fit into memory, batches get %d from now on: %s", tokens, budget, error)
 
@@ -344,24 +369,26 @@ class Engine:
 
     def close(self, drain: bool = True, timeout: float | None = None, wait: bool = True) -> None:
         """As `Embedder.close`; without `wait` return at once."""
+        if self.forked:
+            return
         end = math.inf if timeout is None else clock() + timeout
         with self._lock:
             self.closed = True
             queued = [] if drain else [item for item in self._items.values() if not item.future.running()]
             self._wake()
         for item in queued:
-            self._fail(item, "closed", _closed())
+            self._fail(item, "closed", closed())
         if not wait or threading.current_thread() in self._threads:
             return
         with self._lock:
             while self._items and (left := end - clock()) > 0:
-                self._room.wait(None if left == math.inf else left)
+                self._room.wait(min(left, threading.TIMEOUT_MAX))
             late = [*self._items.values()]
         for item in late:
-            self._fail(item, "closed", _closed())
+            self._fail(item, "closed", closed())
+        end = min(end, clock() + LINGER)
         for thread in self._threads:
-            left = end - clock()
-            thread.join(None if left == math.inf else max(left, 0.0))
+            thread.join(max(end - clock(), 0.0))
 
     def _wake(self) -> None:
         for condition in (self._work, self._ready, self._room):
@@ -369,11 +396,3 @@ class Engine:
 
     def _at_exit(self) -> None:
         self.close(drain=False, timeout=AT_EXIT)
-
-
-def _closed() -> EmbedderClosed:
-    return EmbedderClosed("the embedder was closed before this image was computed")
-
-
-def _late(item: Item, now: float) -> DeadlineExceeded:
-    return DeadlineExceeded(f"the deadline passed {now - item.deadline:.3f} s before the image was computed")

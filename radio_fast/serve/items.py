@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from radio_fast.images import ImageError
 from radio_fast.serve.compute import Finish
-from radio_fast.serve.types import Embedding
+from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding
 
 
 class Item:
@@ -20,13 +19,28 @@ class Item:
 
     __slots__ = ("deadline", "decoded", "features", "future", "pixels", "size_of", "source", "submitted", "tokens")
 
-    def __init__(self, source: Any, size_of: Callable, features: bool, now: float, deadline: float | None):
+    def __init__(self, source: Any, size_of: Callable, features: bool, now: float, deadline: float):
         self.future: Future[Embedding] = Future()
         self.source, self.size_of, self.features = source, size_of, features
         self.submitted = self.decoded = now
-        self.deadline = math.inf if deadline is None else now + deadline
+        self.deadline = deadline
         self.pixels: Tensor | None = None
         self.tokens = 0
+
+    def late(self, now: float) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the deadline passed {now - self.deadline:.3f} s before the image was computed")
+
+
+def closed() -> EmbedderClosed:
+    return EmbedderClosed("the embedder was closed before this image was computed")
+
+
+class Hand:
+    """What a worker holds, and what has hit it."""
+
+    item: Item | None = None
+    error: BaseException | None = None
+    ended = False
 
 
 class Batch:

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 from collections import Counter
+from itertools import groupby
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import radio_fast
 from radio_fast import ops
 from radio_fast.layers.packing import MAX_TOKENS, pack
+from radio_fast.models.normalizers import FeatureNormalizer
 from radio_fast.ops import _dispatch
 from radio_fast.ops._dispatch import OPS, Op
 from tests.conftest import golden_calls, golden_source
@@ -366,18 +368,80 @@ class Wrapper(nn.Module):
         return self.inner(x)
 
 
-def test_hooks_see_all_images():
+def test_hooks_see_each_image_alone():
+    """As in a plain call: neighbours of one size together."""
     model = load()
     images = make_images(model)
     expected = tree_leaves(model.forward_packed(images))
     seen = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+        block.register_forward_hook(lambda module, args, out: seen.append((module, *out.shape)))
     for ours, theirs in zip(tree_leaves(model.forward_packed(images)), expected, strict=True):
         assert_relative(ours, theirs)
-    patches = sum(image.shape[1] * image.shape[2] // 256 for image in images)
-    assert seen == [(1, patches + len(images) * model.num_summary_tokens, model.embed_dim)] * len(model.blocks)
+    P, D = model.num_summary_tokens, model.embed_dim
+    runs = [(T, len([*same])) for T, same in groupby(image.shape[1] * image.shape[2] // 256 for image in images)]
+    assert seen == [(block, count, T + P, D) for block in model.blocks for T, count in runs]
     model.blocks[1].register_forward_hook(lambda module, args, out: 0.5 * out)
+    assert_alone(model.forward_packed(images), model, images)
+
+
+def blended(x: Tensor) -> Tensor:
+    """Something that mixes an image's tokens."""
+    return 0.5 * x + x.mean(dim=1, keepdim=True)
+
+
+def patch(module: nn.Module) -> None:
+    forward = type(module).forward
+    module.forward = lambda x: blended(forward(module, x))  # of one argument, which does for a plain call
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, out: blended(out))
+
+
+def hook_before(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: (blended(args[0]), *args[1:]))
+
+
+class Blended(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return blended(x)
+
+
+@pytest.mark.parametrize(
+    ("place", "touch"),
+    [("block", patch), ("norm", patch), ("normalizer", patch), ("mlp head", patch), ("attention head", patch),
+     ("its mlp", patch), ("its block", patch), ("block", hook), ("norm", hook_before), ("mlp head", hook),
+     ("attention head", hook_before)],
+)  # fmt: skip
+def test_what_mixes_tokens_mixes_no_images(place, touch):
+    attention = place in ("attention head", "its mlp", "its block")
+    if attention:
+        model = copy.deepcopy(load("vit_b16_attn_head", adaptor_names=["dino_v2", "clip"]))
+        head = next(m for m in model.adaptors.values() if hasattr(m.feat_mlp, "blocks") and hasattr(m.feat_mlp, "mlp"))
+    else:
+        model = copy.deepcopy(load(adaptor_names=["clip", "sam"]))
+        head = model.adaptors["sam"]
+    if place == "normalizer":
+        model.feature_normalizer = FeatureNormalizer(model.embed_dim)
+    images = make_images(model)
+    before = tree_leaves(model.forward_packed(images))
+    touch({
+        "block": lambda: model.blocks[1], "norm": lambda: model.model.norm,
+        "normalizer": lambda: model.feature_normalizer, "mlp head": lambda: head.feat_mlp,
+        "attention head": lambda: head.feat_mlp, "its mlp": lambda: head.feat_mlp.mlp,
+        "its block": lambda: head.feat_mlp.blocks[0],
+    }[place]())  # fmt: skip
+    after = model.forward_packed(images)
+    assert any((ours - theirs).abs().max() > 1e-3 for ours, theirs in zip(tree_leaves(after), before, strict=True))
+    assert_alone(after, model, images)
+
+
+def test_modules_in_the_place_of_others():
+    model = copy.deepcopy(load())
+    model.model.norm = Blended()
+    model.feature_normalizer = Blended()
+    images = make_images(model)
     assert_alone(model.forward_packed(images), model, images)
 
 
@@ -415,6 +479,8 @@ BAD = {
     "bool": (([X > 0],), r"images\[0\] must be uint8 or float"),
     "complex": (([X.to(torch.complex64)],), r"images\[0\] must be uint8 or float"),
     "device": (([X, X.to("meta")],), r"images\[1\] is on meta and the model on cpu"),
+    "sparse": (([X, X.to_sparse()],), r"images\[1\] must be dense, got torch.sparse_coo"),
+    "sparse patches": ((PATCHES.to_sparse(), [(2, 3)]), "images must be dense"),
     "size": (([X, X[:, :, :23]],), r"images\[1\]: image height and width must be multiples of 16 .*got 32 × 23; "
              "the nearest supported size is 32 × 16"),
     "no pixels": (([X, X[:, :0]],), r"images\[1\]: .*got 0 × 32; the nearest supported size is 16 × 32"),

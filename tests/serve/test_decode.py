@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import sys
 import threading
@@ -15,9 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from radio_fast import images
 from radio_fast.images import FORMATS, ImageError, ImageTooLarge, read_image, to_pixels, to_tensor
+from radio_fast.serve import decode
 from radio_fast.serve.decode import hold, read_pixels
-from tests.serve.models import encoded
+from tests.serve.models import TIMEOUT, encoded
 
 SIZE = (32, 48)
 MANY = 10_000_000
@@ -290,3 +293,77 @@ def test_without_pillow(monkeypatch):
     with pytest.raises(ImportError, match=r"radio_fast\[cli\]"):
         hold(b"anything", MANY)
     assert pixels(noise(*SIZE)).shape == pixels(torch.zeros(3, *SIZE)).shape == (3, *SIZE)
+
+
+# -- what could hold a thread up, or mislead it ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among the files")
+def test_a_pipe_is_no_image(tmp_path):
+    """Without a writer it could not even be opened."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    found: list[ImageError] = []
+
+    def read() -> None:
+        with pytest.raises(ImageError, match=r"pipe\.png: no regular file") as raised:
+            read_image(pipe)
+        found.append(raised.value)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    assert found
+    with pytest.raises(ImageError, match="no regular file"):
+        read_image("/dev/null")
+
+
+def test_files_are_closed(tmp_path, monkeypatch):
+    opened = []
+    real = images._open_regular
+    monkeypatch.setattr(images, "_open_regular", lambda *args: opened.append(real(*args)) or opened[-1])
+    (tmp_path / "good").write_bytes(encoded(noise()))
+    (tmp_path / "bad").write_bytes(b"no image")
+    read_image(tmp_path / "good")
+    with pytest.raises(ImageError):
+        read_image(tmp_path / "bad")
+    assert len(opened) == 2
+    for fd in opened:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
+def test_a_lazy_image_of_several_threads(monkeypatch):
+    """Pillow reads a file's pixels and tags when they are first asked for: one thread at a time does."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shared = Image.open(io.BytesIO(saved(Image.fromarray(noise()), "JPEG", exif=exif)))
+    locked: dict[str, bool] = {}
+
+    def watched(name: str, real):
+        def method(self, *args):
+            locked.setdefault(name, decode._reading.locked())
+            return real(self, *args)
+
+        monkeypatch.setattr(type(shared), name, method)
+
+    for name in ("load", "getexif"):
+        watched(name, getattr(type(shared), name))
+    assert hold(shared, MANY).size == (40, 60)
+    assert locked == {"load": True, "getexif": True} and not decode._reading.locked()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda a: a, Image.fromarray, encoded, lambda a: torch.from_numpy(a).permute(2, 0, 1)],
+    ids=["array", "PIL", "file", "tensor"],
+)
+@pytest.mark.parametrize("size", [(40, 60), SIZE])
+def test_pixels_lie_as_the_model_takes_them(make, size):
+    assert pixels(make(noise()), size).is_contiguous()
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 4, 4).to("meta"), torch.zeros(3, 4, 4).to_sparse()], ids=str)
+def test_tensors_without_pixels(image):
+    with pytest.raises(ValueError, match="a tensor must be dense"):
+        hold(image, MANY)

@@ -22,7 +22,8 @@ import radio_fast
 from radio_fast import Embedder
 from radio_fast.graphs import GraphCache
 from radio_fast.images import ImageError, ImageTooLarge, read_image, to_tensor
-from radio_fast.serve import compute, engine
+from radio_fast.serve import compute, decode, engine
+from radio_fast.serve import embedder as embedder_module
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, QueueFull
 from tests.numerics import assert_relative
 from tests.serve.models import SIDE, TIMEOUT, Gate, Reader, encoded, numbered, threads, tiny
@@ -260,7 +261,11 @@ def test_no_more_is_decoded_than_the_model_needs_soon():
 
         inner._work.wait = wait_for_work
         futures = [embedder.submit(numbered(n)) for n in range(40)]
-        assert gate.reached.wait(TIMEOUT) and idle.wait(TIMEOUT)
+        assert gate.reached.wait(TIMEOUT)
+        idle.clear()  # it may have been so before the model took its batch
+        with inner._lock:
+            inner._work.notify_all()
+        assert idle.wait(TIMEOUT)
         with inner._lock:
             assert inner._batcher.tokens == 16 and len(inner._undecoded) >= 34
             decoded = {item.future for item in inner._batcher._queue}
@@ -280,6 +285,17 @@ def test_large_images_are_refused():
             embedder.submit(encoded(numbered(1))).result(TIMEOUT)
         with pytest.raises(ImageTooLarge):
             embedder.submit(numbered(1)).result(TIMEOUT)
+        assert embedder.metrics.snapshot().failed == {"image_too_large": 2}
+
+
+def test_native_sizes_are_bounded_too():
+    """A side has 16 pixels at least: a line of one pixel would be made 16 times as much work."""
+    with reader(resolution="native", max_pixels=4000) as embedder:
+        for image in (encoded(np.zeros((1, 4000, 3), np.uint8)), torch.zeros(3, 4000, 1)):
+            with pytest.raises(ImageTooLarge, match=r"16 × 4000|4000 × 16"):
+                embedder.submit(image).result(TIMEOUT)
+        assert embedder.submit(numbered(1, 48)).result(TIMEOUT).height == 48
+        assert embedder.submit(numbered(1, 48), resolution=128).result(TIMEOUT).height == 128, "as one has asked for"
         assert embedder.metrics.snapshot().failed == {"image_too_large": 2}
 
 
@@ -324,7 +340,43 @@ def test_an_image_that_cant_wait_goes_at_once(clock):
         assert number_of(embedder.submit(numbered(4), deadline=59).result(TIMEOUT)) == 4
 
 
-@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "1", 0.0])
+def test_a_deadline_counts_from_the_start_of_submit(clock, monkeypatch):
+    def hold(image, max_pixels):
+        clock.now += 5
+        return decode.hold(image, max_pixels)
+
+    monkeypatch.setattr(embedder_module, "hold", hold)
+    with reader(max_wait_ms=0) as embedder:
+        with pytest.raises(DeadlineExceeded, match=r"passed 2\.000 s before"):
+            embedder.submit(numbered(1), deadline=3).result(TIMEOUT)
+        assert number_of(embedder.submit(numbered(1), deadline=6).result(TIMEOUT)) == 1
+
+
+@pytest.mark.parametrize("number", [1e14, np.float32(1), 3])
+def test_numbers_of_seconds(number):
+    """Longer than a thread may wait, too."""
+    embedder = reader(max_wait_ms=number, max_tokens=8)
+    futures = [embedder.submit(numbered(n), deadline=number) for n in range(2)]
+    assert [number_of(f.result(TIMEOUT)) for f in futures] == [0, 1]
+    for timeout in (True, -1, float("nan"), "1", 10**400):
+        with pytest.raises(ValueError, match="timeout must be a number of seconds from 0 on, or None"):
+            embedder.close(timeout=timeout)
+    assert not embedder.closed
+    embedder.close(timeout=1e12 * number)
+
+
+def test_a_model_thread_that_waits_long():
+    """One image in a batch of two, until it is closed."""
+    embedder = reader(max_wait_ms=1e14, workers=1)
+    future = embedder.submit(numbered(1))
+    for _ in range(2):  # decoded, and then looked at
+        with suppress(TimeoutError):
+            future.result(0.02)
+    embedder.close()
+    assert number_of(future.result(0)) == 1
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "1", 0.0, True, 10**400, 1j])
 def test_no_legal_deadline(deadline):
     with reader() as embedder, pytest.raises(ValueError, match="deadline must be a number of seconds above 0"):
         embedder.submit(numbered(1), deadline=deadline)
@@ -406,6 +458,20 @@ def test_embed_many_left_early_cancels_what_is_under_way():
     assert embedder.model.batches == [[0], [1]]
 
 
+def test_embed_many_and_an_image_that_cannot_be_held(monkeypatch):
+    def hold(image, max_pixels):
+        if isinstance(image, str):
+            raise NotImplementedError
+        return decode.hold(image, max_pixels)
+
+    monkeypatch.setattr(embedder_module, "hold", hold)
+    with reader() as embedder:
+        images = [numbered(0), torch.zeros(3, 32, 32, device="meta"), "odd", numbered(3)]
+        found = list(embedder.embed_many(images, return_exceptions=True))
+    assert [type(e) for e in found[1:3]] == [ValueError, NotImplementedError]
+    assert [number_of(found[i]) for i in (0, 3)] == [0, 3]
+
+
 def test_embed_many_with_errors():
     images = [numbered(0), b"no image", numbered(2), None, numbered(4)]
     with reader() as embedder:
@@ -418,8 +484,9 @@ def test_embed_many_with_errors():
             next(iterator)
         with pytest.raises(StopIteration):
             next(iterator)
-        with pytest.raises(TypeError):
-            embedder.embed_many(3)
+        for one in (3, None, "photo.jpg", b"bytes", bytearray(b"bytes"), Path("photo.jpg")):
+            with pytest.raises(ValueError, match=r"images must be several, .* into a list"):
+                embedder.embed_many(one)
         with pytest.raises(ValueError, match="resolution"):
             embedder.embed_many([], resolution=33)
 
@@ -616,6 +683,8 @@ print("end", flush=True)
         ({"max_wait_ms": -1}, "max_wait_ms"),
         ({"max_wait_ms": float("nan")}, "max_wait_ms"),
         ({"max_wait_ms": "5"}, "max_wait_ms"),
+        ({"max_wait_ms": True}, "max_wait_ms"),
+        ({"max_wait_ms": 10**400}, "max_wait_ms"),
         ({"resolution": 33}, "multiples of 16 pixels, got 33 × 33; the nearest supported size is 32 × 32"),
         ({"resolution": (32, 33)}, "nearest supported size is 32 × 32"),
         ({"resolution": "large"}, "resolution must be"),

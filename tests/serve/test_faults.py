@@ -6,21 +6,28 @@ import ctypes
 import gc
 import itertools
 import logging
+import os
 import random
+import subprocess
+import sys
 import threading
+import time
 import weakref
 from concurrent.futures import CancelledError, wait
-from contextlib import nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from radio_fast import Embedder
 from radio_fast.images import ImageError
-from radio_fast.serve import compute
+from radio_fast.serve import compute, engine
 from radio_fast.serve.items import Item
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, QueueFull
-from tests.serve.models import SIDE, TIMEOUT, Gate, Reader, encoded, numbered, tiny
+from tests.serve.models import SIDE, TIMEOUT, Gate, Reader, encoded, numbered, threads, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def reader(before=lambda numbers: None, **options) -> Embedder:
@@ -40,6 +47,14 @@ def together(embedder: Embedder, gate: Gate, numbers) -> list:
     gate.open.set()
     assert number_of(first.result(TIMEOUT)) == 0
     return futures
+
+
+def await_decoded(embedder: Embedder, images: int) -> None:
+    """Until so many wait for the model."""
+    end = time.monotonic() + TIMEOUT
+    while len(embedder._engine._batcher) < images:
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def kill(thread: threading.Thread, error: type[BaseException]) -> None:
@@ -133,7 +148,7 @@ def test_outputs_for_fewer_images_than_were_given(monkeypatch):
 def test_the_model_thread_hit_by_a_fault(monkeypatch, caplog):
     """A fault of ours, not of the model: nothing is left waiting, and it is said."""
     gate = Gate()
-    embedder = reader(gate, max_tokens=4)
+    embedder = reader(gate, max_tokens=4, workers=1)
     futures = [embedder.submit(numbered(n)) for n in range(20)]
     assert gate.reached.wait(TIMEOUT)
     monkeypatch.setattr(embedder._engine._batcher, "take", lambda now, flush: 1 / 0)
@@ -415,64 +430,117 @@ def test_ten_thousand_images_and_every_fault(seed, caplog):
 # -- copies to and from a GPU, on a stand-in ---------------------------------------------------------------------------
 
 
-class FakeStream:
-    def __init__(self, device=None):
-        self.waited: list = []
+class FakeGPU:
+    """Copies that need not be waited for are done when an event is; `log` has what was asked, in order."""
 
-    def wait_stream(self, stream):
-        self.waited.append(stream)
+    def __init__(self, monkeypatch):
+        self.log: list[tuple] = []
+        self.copies: list[tuple] = []
+        self.pinned: list[torch.Tensor] = []
+        gpu, empty, copy, to = self, torch.empty, torch.Tensor.copy_, torch.Tensor.to
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                gpu.log.append(("wait", self, other))
+
+        class Event:
+            def record(self):
+                gpu.log.append(("record", gpu.current))
+
+            def synchronize(self):
+                gpu.log.append(("synchronize",))
+                with torch.inference_mode():
+                    for to, what in gpu.copies:
+                        copy(to, what)
+                gpu.copies.clear()
+
+        @contextmanager
+        def stream(chosen):
+            before, gpu.current = gpu.current, chosen
+            yield
+            gpu.current = before
+
+        def pinning(*size, pin_memory=False, **options):
+            found = empty(*size, **options)
+            if pin_memory:
+                gpu.pinned.append(found.zero_())
+            return found
+
+        def copying(to, what, non_blocking=False):
+            if not non_blocking:
+                return copy(to, what)
+            assert any(to is one for one in gpu.pinned), "a copy to other memory is waited for"
+            gpu.copies.append((to, what))
+            return to
+
+        def moving(tensor, *args, **options):
+            if any(tensor is one for one in gpu.pinned):
+                assert options == {"non_blocking": True}
+                gpu.log.append(("upload", gpu.current))
+            return to(tensor, *args, **options)
+
+        self.default = self.current = Stream()
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: self.default)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, stream: self.log.append(("kept for", stream, tensor.numel()))
+        )
+        monkeypatch.setattr(torch, "empty", pinning)
+        monkeypatch.setattr(torch.Tensor, "copy_", copying)
+        monkeypatch.setattr(torch.Tensor, "to", moving)
 
 
-class FakeEvent:
-    """A GPU that computes when it is waited for."""
-
-    def __init__(self):
-        self.recorded = False
-
-    def record(self):
-        self.recorded = True
-
-    def synchronize(self):
-        assert self.recorded
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    current = []
-
-    class Stream(nullcontext):
-        def __enter__(self):
-            current.append(self.enter_result)
-
-        def __exit__(self, *_):
-            current.pop()
-
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the default one")
-    monkeypatch.setattr(torch.cuda, "stream", Stream)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: current.append(stream) or current.pop())
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
-    return current
-
-
-def test_batches_by_way_of_a_gpu(fake_gpu):
+def test_batches_by_way_of_a_gpu(monkeypatch):
     model = tiny()
-    on_gpu, on_cpu = compute.OnGPU(model), compute.OnCPU(model)
-    assert on_gpu.computing.waited == ["the default one"]
+    on_cpu = compute.OnCPU(model)
     images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((32, 48), (32, 48), (16, 64))]
     images[1] = images[1].permute(0, 2, 1).contiguous().permute(0, 2, 1)
-    for batch in (images, images[:2], [images[0], images[2].float() / 255]):
-        wanted = [i != 1 for i in range(len(batch))]
-        found = on_gpu.start(batch, wanted, 1000)()
-        truth = on_cpu.start(batch, wanted, 1000)()
-        for ours, theirs, keep in zip(found, truth, wanted, strict=True):
+    batches = images, images[:2], [images[0], images[2].float() / 255]
+    wanted = [[i != 1 for i in range(len(batch))] for batch in batches]
+    truths = [on_cpu.start(batch, keep, 1000)() for batch, keep in zip(batches, wanted, strict=True)]
+    gpu = FakeGPU(monkeypatch)
+    on_gpu = compute.OnGPU(model)
+    uploads, computing = on_gpu.uploads, on_gpu.computing
+    assert uploads is not computing and gpu.log == [("wait", computing, gpu.default)]
+    for batch, keep, truth in zip(batches, wanted, truths, strict=True):
+        gpu.log.clear()
+        gpu.pinned.clear()
+        finish = on_gpu.start(batch, keep, 1000)
+        assert len(gpu.pinned) == 2 + sum(keep) and len(gpu.copies) == 1 + sum(keep), "what nobody wants stays there"
+        assert gpu.log == [
+            ("upload", uploads), ("wait", computing, uploads), ("wait", computing, gpu.default),
+            ("kept for", computing, sum(image.numel() for image in batch)), ("record", computing),
+        ]  # fmt: skip
+        found = finish()
+        assert gpu.log[5:] == [("synchronize",)] and gpu.current is gpu.default
+        for ours, theirs, kept in zip(found, truth, keep, strict=True):
             assert torch.equal(ours["backbone"].summary, theirs["backbone"].summary)
             assert not ours["backbone"].summary.is_inference()
-            assert torch.equal(ours["backbone"].features, theirs["backbone"].features) if keep else (
+            assert torch.equal(ours["backbone"].features, theirs["backbone"].features) if kept else (
                 ours["backbone"].features is None)  # fmt: skip
-    assert not fake_gpu and on_gpu.computing.waited[1:] == [on_gpu.uploads] * 3
+
+
+def test_features_that_nobody_wants_are_not_kept(monkeypatch):
+    FakeGPU(monkeypatch)
+    real, seen = compute.forward, []
+
+    def forward(*args):
+        outputs = real(*args)
+        seen.extend(weakref.ref(one) for one in outputs["backbone"].features)
+        return outputs
+
+    monkeypatch.setattr(compute, "forward", forward)
+    images = [torch.zeros(3, *size, dtype=torch.uint8) for size in ((32, 48), (16, 64))]
+    finish = compute.OnGPU(tiny()).start(images, [False, True], 1000)
+    gc.collect()
+    assert seen[0]() is None
+    assert [one["backbone"].features is None for one in finish()] == [True, False]
 
 
 def test_two_batches_are_under_way_at_a_time():
@@ -574,3 +642,163 @@ def test_a_batch_started_before_memory_ran_out_for_another():
     snapshot = embedder.metrics.snapshot()
     assert snapshot.out_of_memory == 2 and embedder.max_tokens == snapshot.token_budget == 4
     embedder.close()
+
+
+# -- what holds things up, and what can't be had -----------------------------------------------------------------------
+
+
+def test_close_does_not_wait_for_a_worker_that_is_stuck(monkeypatch):
+    monkeypatch.setattr(engine, "LINGER", 0.01)
+    embedder, reached, go_on = reader(workers=1), threading.Event(), threading.Event()
+
+    def stuck(source, size_of):
+        reached.set()
+        go_on.wait()
+
+    embedder._engine._read = stuck
+    future = embedder.submit(numbered(1))
+    assert reached.wait(TIMEOUT)
+    closed = threading.Event()
+    threading.Thread(target=lambda: (embedder.close(drain=False), closed.set()), daemon=True).start()
+    try:
+        assert closed.wait(TIMEOUT) and embedder._engine._threads[1].is_alive()
+        assert isinstance(future.exception(0), EmbedderClosed)
+    finally:
+        go_on.set()
+
+
+def test_memory_that_runs_out_once_halves_the_budget_once():
+    """However small the batch: two images of four tokens say little of 4096."""
+    failures = [torch.OutOfMemoryError("for a moment")]
+
+    def before(numbers):
+        if len(numbers) > 1 and failures:
+            raise failures.pop()
+
+    gate = Gate()
+    with reader(
+        lambda numbers: (gate(numbers), before(numbers)), max_tokens=4096, workers=1, max_wait_ms=0
+    ) as embedder:
+        first = embedder.submit(numbered(0))
+        assert gate.reached.wait(TIMEOUT)
+        futures = [embedder.submit(numbered(n)) for n in (1, 2)]
+        await_decoded(embedder, 2)
+        gate.open.set()
+        assert [number_of(f.result(TIMEOUT)) for f in [first, *futures]] == [0, 1, 2]
+        assert embedder.max_tokens == embedder.metrics.snapshot().token_budget == 2048
+    assert embedder.model.batches == [[0], [1, 2], [1], [2]], "the parts are half of what failed"
+
+
+@pytest.mark.parametrize("no_memory", [False, True])
+def test_retries_heed_deadlines_and_close(no_memory, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(engine, "clock", lambda: now[0])
+    gate, again, go_on = Gate(), threading.Event(), threading.Event()
+
+    def before(numbers):
+        gate(numbers)
+        if len(numbers) > 1:
+            now[0] += 10 * (len(numbers) == 6)
+            raise torch.OutOfMemoryError if no_memory else RuntimeError
+        if numbers == [2]:
+            again.set()
+            assert go_on.wait(TIMEOUT)
+
+    embedder = reader(before, max_tokens=24, max_wait_ms=60_000, workers=1)
+    first = embedder.submit(numbered(0), deadline=TIMEOUT)
+    assert gate.reached.wait(TIMEOUT)
+    futures = [embedder.submit(numbered(n), deadline=5 if n == 1 else None) for n in range(1, 7)]
+    await_decoded(embedder, 6)
+    gate.open.set()
+    assert number_of(first.result(TIMEOUT)) == 0
+    with pytest.raises(DeadlineExceeded):
+        futures[0].result(TIMEOUT)
+    assert again.wait(TIMEOUT)
+    monkeypatch.setattr(engine, "clock", time.monotonic)
+    monkeypatch.setattr(engine, "LINGER", 0.01)
+    embedder.close(timeout=0)
+    for future in futures[1:]:
+        assert isinstance(future.exception(0), EmbedderClosed)
+    go_on.set()
+    embedder._engine._threads[0].join(TIMEOUT)
+    assert not {1, 3, 4, 5, 6} & {numbers[0] for numbers in embedder.model.batches if len(numbers) == 1}
+    assert embedder.metrics.snapshot().failed == {"deadline": 1, "closed": 5}
+
+
+def test_a_cancel_at_the_last_moment_is_counted_once(monkeypatch):
+    """Between an image's being taken out and its error."""
+    with reader(workers=1) as embedder:
+        inner = embedder._engine
+        take_out, cancelled = inner._take_out, []
+
+        def cancel_then(future):
+            taken = take_out(future)
+            if not cancelled:
+                cancelled.append(True)
+                cancelled[:] = [future.cancel()]
+            return taken
+
+        inner._take_out = cancel_then
+        future = embedder.submit(b"no image")
+        assert not wait([future], TIMEOUT).not_done and future.cancelled() and cancelled == [True]
+        snapshot = embedder.metrics.snapshot()
+    assert (snapshot.accepted, snapshot.cancelled, snapshot.failed) == (1, 1, {})
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_threads_that_cannot_be_started(which, monkeypatch):
+    before, started, start = threads(), [], threading.Thread.start
+
+    def limited(thread):
+        if len(started) == which:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    hooks = []
+    monkeypatch.setattr(engine.atexit, "register", hooks.append)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        reader(workers=3)
+    assert len(started) == which and threads() == before and not hooks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_has_a_closed_embedder():
+    """Whose lock a thread that is not there may hold."""
+    code = """
+import os, threading, torch
+torch.set_num_threads(1)
+from tests.serve.models import Reader, numbered, Gate
+import radio_fast
+gate = Gate()
+embedder = radio_fast.Embedder(Reader(gate), resolution=32, max_tokens=4, workers=1)
+futures = [embedder.submit(numbered(n)) for n in range(3)]
+assert gate.reached.wait(30)
+locked, go_on = threading.Event(), threading.Event()
+def hold():
+    with embedder._engine._lock:
+        locked.set()
+        go_on.wait(30)
+threading.Thread(target=hold).start()
+assert locked.wait(30)
+if os.fork() == 0:
+    for ask in (lambda: embedder.submit(numbered(1)), lambda: next(embedder.embed_many([numbered(1)]))):
+        try:
+            ask()
+        except radio_fast.serve.types.EmbedderClosed as error:
+            print(error, flush=True)
+    futures[2].cancel()
+    embedder.close()
+    print(embedder.closed, flush=True)
+    os._exit(0)
+os.wait()
+go_on.set()
+gate.open.set()
+embedder.close()
+print([int(future.result().summary) for future in futures], embedder.closed)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    told = "the embedder is another process's: make one after the fork\n"
+    assert done.stdout == 2 * told + "True\n[0, 1, 2] True\n", done.stderr

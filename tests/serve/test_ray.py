@@ -111,21 +111,27 @@ def test_a_folder(cluster, model, tmp_path):
     assert schema.field("summary").type == pa.list_(pa.float32(), model.summary_dim)
 
 
-@contextlib.contextmanager
-def stuck(image: Path, lists: Path):
-    """Whoever reads `image` once it is listed hangs; gives a function that waits for that and tells whose id it is."""
-    content, pipe = image.read_bytes(), image.with_suffix(".pipe")
+@pytest.fixture
+def held(monkeypatch):
+    from tests.serve.held import Held
+
+    monkeypatch.setattr(radio_fast.serve.ray, "_EmbedFiles", Held)
+
+
+def pipe_beside(image: Path) -> Path:
+    pipe = image.with_suffix(".pipe")
     os.mkfifo(pipe)
+    return pipe
+
+
+@contextlib.contextmanager
+def stuck(pipe: Path):
+    """A `Held` worker hangs at this pipe; gives a function that waits for that and tells whose id it is."""
     writer: list[int] = []
 
-    def swap() -> None:
-        until(lambda: any(image.name in file.read_text() for file in lists.glob("*.json")), "the list of images")
-        os.replace(pipe, image)
-
     def opened() -> bool:
-        with contextlib.suppress(OSError):  # no reader yet, or no pipe
-            if image.is_fifo():
-                writer.append(os.open(image, os.O_WRONLY | os.O_NONBLOCK))
+        with contextlib.suppress(OSError):  # no reader yet
+            writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
         return bool(writer)
 
     def reader() -> int:
@@ -135,33 +141,28 @@ def stuck(image: Path, lists: Path):
             found = []
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(OSError, psutil.Error):
-                    if any(os.path.samefile(fd, image) for fd in Path(f"/proc/{process.pid}/fd").iterdir()):
+                    if any(os.path.samefile(fd, pipe) for fd in Path(f"/proc/{process.pid}/fd").iterdir()):
                         found.append(process.pid)
             return found
 
         (pid,) = until(holders, "the process that reads the pipe")
         return pid
 
-    thread = threading.Thread(target=swap)
-    thread.start()
     try:
         yield reader
     finally:
-        thread.join()
-        whole = image.with_suffix(".whole")
-        whole.write_bytes(content)
-        os.replace(whole, image)
+        pipe.unlink()  # before its end, so that nobody waits for a writer that is gone
         for fd in writer:
             os.close(fd)
 
 
-def test_a_worker_killed_in_the_middle_of_a_file(cluster, model, tmp_path):
+def test_a_worker_killed_in_the_middle_of_a_file(cluster, model, held, tmp_path):
     images, output = tmp_path / "images", tmp_path / "output"
     fill(images, 40)
-    killed: list[int] = []
+    pipe, killed = pipe_beside(images / "a" / "018.png"), []
 
     def kill() -> None:
-        with stuck(images / "a" / "018.png", output / "_images") as reader:
+        with stuck(pipe) as reader:
             pid = reader()
             until(lambda: len(state_of(output)) == 3, "the other worker's files")
             killed.extend(pid for part in leftovers(output) if part.name.startswith(".000000.parquet."))
@@ -179,14 +180,14 @@ def test_a_worker_killed_in_the_middle_of_a_file(cluster, model, tmp_path):
     assert not leftovers(output)
 
 
-def test_an_interrupted_job_goes_on_with_what_is_missing(cluster, model, tmp_path):
+def test_an_interrupted_job_goes_on_with_what_is_missing(cluster, model, held, tmp_path):
     images, output = tmp_path / "images", tmp_path / "output"
     fill(images, 40)
     main = threading.main_thread().ident
-    interrupted = threading.Event()
+    interrupted, pipe = threading.Event(), pipe_beside(images / "b" / "039.png")
 
     def interrupt() -> None:
-        with stuck(images / "b" / "039.png", output / "_images") as reader:
+        with stuck(pipe) as reader:
             reader()
             until(lambda: len(state_of(output)) == 3, "the finished files")
             signal.pthread_kill(main, signal.SIGINT)
