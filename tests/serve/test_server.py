@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -20,7 +21,7 @@ from safetensors.numpy import load as load_safetensors
 
 import radio_fast
 from radio_fast.images import ImageError
-from radio_fast.serve import gate, listen
+from radio_fast.serve import gate, listen, service
 from radio_fast.serve.embedder import Embedder
 from radio_fast.serve.server import create_app
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, QueueFull
@@ -390,18 +391,78 @@ def test_features_of_many_images():
         assert httpx.post(url, files=files(b"x")).status_code == 200
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux drops unread answers by itself")
-def test_an_answer_that_is_not_read_is_dropped(monkeypatch):
-    monkeypatch.setattr(listen, "UNREAD_SECONDS", 0.3)
-    large = result(grid=(512, 512), width=16)
-    with serving(Scripted(lambda number: large)) as running, socket.socket() as connection:
+LARGE = result(grid=(512, 512), width=16)  # an answer of 16 MB
+
+
+@contextlib.contextmanager
+def unread(running, query: str = "output=features&format=npy"):
+    """Someone who asks for an answer, and has read nothing of it yet."""
+    with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
         connection.connect(("127.0.0.1", running.port))
         body = part("images", b"x") + b"--X--\r\n"
-        head = "POST /embed?output=features HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+        head = f"POST /embed?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        until(lambda: 'path="/embed",status="200"' in httpx.get(f"{running.url}/metrics").text)
-        until(lambda: not running.server.server_state.connections)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        yield connection
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(2**20), b""))
+
+
+def test_an_answer_that_is_not_read_is_dropped(monkeypatch):
+    """By the server, and what the system already has of it by the system."""
+    monkeypatch.setattr(listen, "UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(gate, "ANSWER_RATE", 2**40)
+    with serving(Scripted(lambda number: LARGE)) as running, unread(running) as connection:
+        until(lambda: 'path="/embed",status="499"' in httpx.get(f"{running.url}/metrics").text)
+        assert running.app.state.service.requests == 0
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            until(lambda: not running.server.server_state.connections)
+        with contextlib.suppress(ConnectionError):
+            assert len(rest_of(connection)) < 2**24
+
+
+def test_an_answer_that_is_not_read_holds_its_place(monkeypatch):
+    monkeypatch.setattr(service, "DENSE_IMAGES_TOGETHER", 1)
+    with serving(Scripted(lambda number: LARGE)) as running:
+        url = f"{running.url}/embed?output=features"
+        with unread(running) as connection:
+            assert httpx.post(url, files=files(b"x")).status_code == 429
+            assert running.app.state.service.requests == 1
+            while running.app.state.service.requests:
+                assert connection.recv(2**20)
+        assert httpx.post(url, files=files(b"x")).status_code == 200
+
+
+def test_a_drain_waits_for_an_answer_that_is_read_slowly(monkeypatch):
+    monkeypatch.setattr(listen, "GRACE_SECONDS", 0)
+    with serving(Scripted(lambda number: LARGE), drain_seconds=60) as running, unread(running) as connection:
+        running.signal()
+        assert not running.ended(0.5)
+        content = rest_of(connection).partition(b"\r\n\r\n")[2]
+        assert np.load(io.BytesIO(content)).shape == (512, 512, 16)
+        assert running.ended()
+
+
+def test_what_is_arriving_or_leaving_when_a_drain_ends(caplog):
+    with (
+        serving(Scripted(lambda number: LARGE), drain_seconds=600) as running, unread(running),
+        socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection,
+    ):  # fmt: skip
+        head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+        connection.sendall(f"{head}Content-Length: 999\r\n\r\n".encode() + part("images", b"1"))
+        until(lambda: running.app.state.service.requests == 2)
+        running.signal()
+        running.signal()
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 503 and json.loads(answer.read())["error"]["code"] == "shutting_down"
+        assert running.ended()
+    assert not any(record.exc_info for record in caplog.records)
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
