@@ -15,7 +15,7 @@ from radio_fast.serve.prometheus import Prometheus
 from radio_fast.serve.service import Service
 
 # Whoever can connect may see these; every other path, one that there is not too, wants the key.
-OPEN = frozenset({"/", "/page.js", "/page.css", "/docs", "/openapi.json", "/health/live", "/health/ready"})
+OPEN = frozenset({"/", "/page.js", "/page.css", "/docs", "/docs.js", "/openapi.json", "/health/live", "/health/ready"})
 METRICS = "/metrics"
 BODY_SECONDS = 60.0  # in which a body has to arrive
 # An answer has to leave in this time, and more by its size: memory is held until it has.

@@ -92,6 +92,11 @@ class Service:
         """Their names; raises as `embedder`."""
         return "backbone", *self.embedder.model.adaptors
 
+    def width_of(self, output: str) -> int:
+        """Of its summary."""
+        model = self.embedder.model
+        return model.summary_dim if output == "backbone" else model.adaptors[output].summary_dim
+
     def name_of(self, output: str) -> str:
         """What clients call an output of `outputs` as a model."""
         return self.model_name if output == "backbone" else f"{self.model_name}:{output}"
