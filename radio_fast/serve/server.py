@@ -49,7 +49,7 @@ ERRORS = {
     404: "No such model, adaptor or path",
     408: "The body took too long to arrive",
     413: "The body or an image is too large, or there are too many images",
-    415: "No image, or no multipart body",
+    415: "No image, or no multipart or JSON body",
     429: "Full: try again after Retry-After seconds",
     500: "The model failed",
     503: "Loading, or shutting down",
@@ -109,7 +109,7 @@ def create_app(
             runs: /health/live answers 200 at once, /health/ready when that is done. One made here is closed at the end.
         model_name: what clients call the model; NAME:ADAPTOR is the adaptor's summary.
         api_key: `Authorization: Bearer KEY` is then needed for all but health, the page and the description.
-        max_body_bytes: of a request; eight times as much may be in memory at any time.
+        max_body_bytes: of a request; all bodies together may have eight times as much.
         deadline: seconds for a request's images, from when they have arrived; a request may ask for less.
 
     Raises:
@@ -241,7 +241,7 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
             body += part
         async with parsing:
             asked, images = await asyncio.to_thread(read_request, body)
-        body.clear()
+        del body
         if asked.model not in by_name:
             raise ApiError(
                 404, "model_not_found", f"model must be one of {', '.join(by_name)}, got {asked.model[:80]!r}",
