@@ -20,6 +20,7 @@ MISSING = (
 )
 # How OpenMP's threads wait for each other; libgomp and libomp read these when torch loads them.
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+KEY = "RADIO_FAST_API_KEY"
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -58,7 +59,7 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="RADIO_FAST_API_KEY",
+            envvar=KEY,
             help="The key that requests need. A command line is seen by others: set it there.",
         ),
     ] = None,
@@ -71,6 +72,8 @@ def serve(
 
     SIGTERM and Ctrl-C let the requests in flight finish. One process serves one GPU.
     """
+    if api_key is None and KEY in os.environ:  # typer takes an empty one for none
+        raise ValueError(f"{KEY} must not be empty; unset it for a server without a key")
     if log_level not in LEVELS:
         raise ValueError(f"--log-level must be one of {', '.join(LEVELS)}, got {log_level!r}")
     try:
@@ -104,7 +107,9 @@ def serve(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     bound = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"{name} on http://{shown}:{bound.getsockname()[1]} (Ctrl-C stops it)")
-    Server(app, drain_seconds=drain_seconds).run([bound])
+    server = Server(app, drain_seconds=drain_seconds)
+    with server.capture_signals():  # before anybody is told that it is there
+        typer.echo(f"{name} on http://{shown}:{bound.getsockname()[1]} (Ctrl-C stops it)")
+        server.run([bound])
     if app.state.service.failure is not None:
         raise app.state.service.failure

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNEL = 'extern "C" __global__ void k(int *p) { *p = 1; }\n'
 COPIED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "csrc", "radio_fast")
-PAGE = {f"radio_fast/serve/page/{name}" for name in ("index.html", "page.js", "page.css")}
+PAGE = {f"radio_fast/serve/page/{name}" for name in ("index.html", "page.js", "page.css", "docs.html", "docs.js")}
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA extension is for Linux")
 needs_nvcc = pytest.mark.skipif(

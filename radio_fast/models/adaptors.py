@@ -128,6 +128,12 @@ class Adaptor(nn.Module):
         self.token_slot = token_slot
         self.upsample = upsample
 
+    @property
+    def summary_dim(self) -> int:
+        """S: the width of the summary."""
+        *_, bias = self.head_mlp.parameters()  # of the last layer
+        return len(bias)
+
     def forward(
         self,
         prefix: Tensor,

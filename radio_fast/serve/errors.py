@@ -47,6 +47,10 @@ def client_gone() -> ApiError:
     return ApiError(499, "client_gone", "the client closed the connection")
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "shutting_down", "the server is shutting down", retry_after=1)
+
+
 def api_error(error: Exception, image: int) -> ApiError | None:
     """The answer for what the embedder failed an image with; None for what is no fault of the request's."""
     if isinstance(error, ImageTooLarge):
@@ -58,5 +62,5 @@ def api_error(error: Exception, image: int) -> ApiError | None:
     if isinstance(error, DeadlineExceeded):
         return ApiError(504, "deadline_exceeded", "the deadline passed before the result was there")
     if isinstance(error, EmbedderClosed):
-        return ApiError(503, "shutting_down", "the server is shutting down", retry_after=1)
+        return shutting_down()
     return None

@@ -4,21 +4,24 @@ refused before its body is read.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radio_fast.serve.errors import ApiError, client_gone
+from radio_fast.serve.errors import ApiError, client_gone, shutting_down
 from radio_fast.serve.prometheus import Prometheus
 from radio_fast.serve.service import Service
 
 # Whoever can connect may see these; every other path, one that there is not too, wants the key.
-OPEN = frozenset({"/", "/page.js", "/page.css", "/docs", "/openapi.json", "/health/live", "/health/ready"})
+OPEN = frozenset({"/", "/page.js", "/page.css", "/docs", "/docs.js", "/openapi.json", "/health/live", "/health/ready"})
 METRICS = "/metrics"
 BODY_SECONDS = 60.0  # in which a body has to arrive
+# An answer has to leave in this time, and more by its size: memory is held until it has.
+ANSWER_SECONDS = 60.0
+ANSWER_RATE = 2**18  # bytes a second
+CHUNK = 2**16  # bytes of an answer; the next ones wait until these are nearly gone
 BODIES = 8  # of the largest size that may be in memory together
 COMMAS = 4096  # in JSON: 60 MB of small items would hold the interpreter for 10 seconds, those of 256 images no time
 
@@ -40,34 +43,45 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         status, start = 500, time.perf_counter()
 
         async def watch(message: Message) -> None:
             nonlocal status
+            if status == 499:  # for the metrics: it was too slow; the server closes what has no end
+                return
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 if self.service.draining:
                     headers["Connection"] = "close"
-            await send(message)
+            body = message.get("body", b"")
+            try:
+                async with self.service.within(ANSWER_SECONDS + len(body) / ANSWER_RATE):
+                    if len(body) > CHUNK:
+                        for part in range(0, len(body), CHUNK):
+                            await send({**message, "body": body[part : part + CHUNK], "more_body": True})
+                        message = {**message, "body": b""}
+                    await send(message)
+            except TimeoutError:
+                status = 499
 
         body = _Body(self, receive, "json" in Headers(scope=scope).get("content-type", "").lower())
         try:
-            self._admit(scope)
-            if scope["path"] in OPEN or scope["path"] == METRICS:
+            self._admit(path, Headers(scope=scope))
+            if path in OPEN or path == METRICS:
                 await self.app(scope, body.receive, watch)
             else:
-                with self.service.request():
+                with self.service.request(scope):
                     await self.app(scope, body.receive, watch)
         except ApiError as error:
             await error.response()(scope, receive, watch)
         finally:
             body.release()
-            self.prometheus.observe(scope["path"], status, time.perf_counter() - start)
+            self.prometheus.observe(path, status, time.perf_counter() - start)
 
-    def _admit(self, scope: Scope) -> None:
-        path, headers = scope["path"], Headers(scope=scope)
+    def _admit(self, path: str, headers: Headers) -> None:
         if path in OPEN:
             return
         if self.key is not None:
@@ -76,7 +90,7 @@ class Gate:
             if not (hmac.compare_digest(key.strip(), self.key) and scheme.lower() == b"bearer"):
                 raise ApiError(401, "invalid_api_key", "this server wants its key: Authorization: Bearer KEY")
         if self.service.draining and path != METRICS:
-            raise ApiError(503, "shutting_down", "the server is shutting down", retry_after=1)
+            raise shutting_down()
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
             raise self.too_large()
@@ -101,9 +115,11 @@ class _Body:
         if self._whole:  # what comes now is the client's leaving
             return await self._receive()
         try:
-            async with asyncio.timeout(self._until - time.monotonic()):
+            async with self._gate.service.within(self._until - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
+            if self._gate.service.draining and time.monotonic() < self._until:
+                raise shutting_down() from None
             raise ApiError(408, "body_timeout", f"the body did not arrive within {BODY_SECONDS:g} seconds") from None
         if message["type"] == "http.disconnect":
             raise client_gone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from types import FrameType
@@ -11,8 +12,8 @@ from fastapi import FastAPI
 
 from radio_fast.serve.service import Service
 
-GRACE_SECONDS = 5  # for answers on their way out
-UNREAD_SECONDS = 60  # an answer that its client has not taken by then is dropped
+GRACE_SECONDS = 5  # for the last bytes of answers
+UNREAD_SECONDS = 60  # those that the client's machine has not taken by then are dropped
 
 
 class Server(uvicorn.Server):
@@ -35,6 +36,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's, which raises the signal again at the end: the exit code would not be 0.
         again = self._drained_by is not None
+        self.force_exit = self.should_exit
         self._service.draining = True
         self._drained_by = time.monotonic() + (0 if again else self._drain_seconds)
 
@@ -43,6 +45,9 @@ class Server(uvicorn.Server):
             await self._service.stop()
             self.should_exit = True
         idle = self._drained_by is not None and not self._service.requests
+        if idle:  # a slow reader has the rest of the time for the end of its answer
+            left = max(0, math.ceil(self._drained_by - time.monotonic()))
+            self.config.timeout_graceful_shutdown = max(GRACE_SECONDS, left)
         if idle or self._service.failure is not None:
             self.should_exit = True
         return await super().on_tick(counter)

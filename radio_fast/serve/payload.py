@@ -8,15 +8,18 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from safetensors.numpy import save
 from torch import Tensor
 
 from radio_fast.serve.errors import ApiError
+from radio_fast.serve.schemas import EmbeddingsRequest
 from radio_fast.serve.types import Embedding
 
 
 def image_of_text(text: str, index: int) -> bytes:
-    """The file in a data URI or bare base64.
+    """The file in a data URI or bare base64, the usual or the one of URLs, with or without its padding.
 
     Raises:
         ApiError: 400 for a URL to fetch and what is no base64, 415 for a data URI of something else.
@@ -32,10 +35,27 @@ def image_of_text(text: str, index: int) -> bytes:
         raise ApiError(
             400, "url_not_fetched", f"{param}: URLs are not fetched, send the image as a data URI", param=param
         )
+    text = "".join(text.split()).replace("-", "+").replace("_", "/")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:
         raise ApiError(400, "invalid_image", f"{param}: no data URI and no base64", param=param) from None
+
+
+def read_request(body: bytearray) -> tuple[EmbeddingsRequest, list[bytes]]:
+    """OpenAI's request and its images, whose text is dropped.
+
+    Raises:
+        RequestValidationError: as FastAPI's own, of what is no such request.
+        ApiError: as `image_of_text`.
+    """
+    try:
+        request = EmbeddingsRequest.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in found]) from None
+    texts, request.input = [request.input] if isinstance(request.input, str) else request.input, ""
+    return request, [image_of_text(text, i) for i, text in enumerate(texts)]
 
 
 def vector(tensor: Tensor) -> np.ndarray:

@@ -32,6 +32,7 @@ except ImportError as error:
 from radio_fast.api import load as load_model
 from radio_fast.images import ImageError
 from radio_fast.models.registry import find_version
+from radio_fast.runtime import resolve_dtype
 from radio_fast.serve.embedder import Embedder
 from radio_fast.serve.types import Embedding
 
@@ -104,11 +105,13 @@ def embed_dataset(
         raise ValueError(f"output {output} is inside of the source: name a folder elsewhere")
     if load.get("checkpoint") is not None:
         load["checkpoint"] = str(Path(load["checkpoint"]).absolute())
+    resolve_dtype(load.get("dtype"))
+    ours = _columns(["backbone", *_names(load.get("adaptor_names"))], features)
     options = {"column": column, "keep": keep, "features": features, "embedder": dict(embedder or {})}
     settings = {"source": str(source), "version": version, **options, **load, **(embedder or {})}
     settings = {name: value for name, value in settings.items() if name not in _NO_RESULT}
     with shards.job(output, settings):
-        found = shards.find_shards(source, output, column, keep, images_per_file)
+        found = shards.find_shards(source, output, column, keep, images_per_file, ours)
         todo = [shard for shard in found if not shards.finished(shard)]
         done: list[dict[str, Any]] = []
         if todo:
@@ -130,6 +133,17 @@ def embed_dataset(
         raise RuntimeError(f"{len(errors)} of {len(found)} files are not done: {'; '.join(errors[:5])}")
     images, failed = (sum(row[name] for row in done) for name in ("images", "failed"))
     return DatasetReport(len(done), len(found) - len(done), images, failed)
+
+
+def _names(adaptors: str | Iterable[str] | None) -> list[str]:
+    return [adaptors] if isinstance(adaptors, str) else list(adaptors or ())
+
+
+def _columns(outputs: Iterable[str], features: bool) -> set[str]:
+    """That come to those kept."""
+    parts = ("summary", "features") if features else ("summary",)
+    found = {part if name == "backbone" else f"{name}_{part}" for name in outputs for part in parts}
+    return found | {"height", "width", "error"} | ({"grid_height", "grid_width"} if features else set())
 
 
 # What changes where and how fast an embedding is made, not which: a job may go on with other ones.
@@ -158,7 +172,7 @@ class EmbedImages:
     Args:
         version, load: what `radio_fast.load` takes; the device is the GPU that Ray gave the actor, if it did.
         column: images as bytes (JPEG, PNG, …), structs with a field `bytes`, paths of files, or arrays (H, W, 3) uint8.
-        keep: which other columns to keep; all of them if None.
+        keep: which other columns to keep; all of them if None. A struct's field `path` is kept in any case.
         embedder: arguments of `Embedder`, such as `resolution`. It has as many decoding threads as the actor has CPUs.
 
     Raises:

@@ -22,7 +22,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from radio_fast.serve.embedder import Embedder
 from radio_fast.serve.errors import ApiError
 from radio_fast.serve.gate import METRICS, Gate
-from radio_fast.serve.payload import arrays, as_json, as_npy, as_safetensors, embedding_list, image_of_text
+from radio_fast.serve.payload import arrays, as_json, as_npy, as_safetensors, embedding_list, read_request
 from radio_fast.serve.payload import server_timing as timing_of
 from radio_fast.serve.prometheus import Prometheus
 from radio_fast.serve.schemas import (
@@ -49,11 +49,17 @@ ERRORS = {
     404: "No such model, adaptor or path",
     408: "The body took too long to arrive",
     413: "The body or an image is too large, or there are too many images",
-    415: "No image, or no multipart body",
+    415: "No image, or no multipart or JSON body",
     429: "Full: try again after Retry-After seconds",
     500: "The model failed",
     503: "Loading, or shutting down",
     504: "The deadline passed",
+}
+JSON_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}},
+    }
 }
 IMAGES_BODY = {
     "requestBody": {
@@ -103,16 +109,16 @@ def create_app(
             runs: /health/live answers 200 at once, /health/ready when that is done. One made here is closed at the end.
         model_name: what clients call the model; NAME:ADAPTOR is the adaptor's summary.
         api_key: `Authorization: Bearer KEY` is then needed for all but health, the page and the description.
-        max_body_bytes: of a request; eight times as much may be in memory at any time.
+        max_body_bytes: of a request; all bodies together may have eight times as much.
         deadline: seconds for a request's images, from when they have arrived; a request may ask for less.
 
     Raises:
-        ValueError: an empty name or key, a limit that is not positive.
+        ValueError: an empty name, an empty or no ASCII key, a limit that is not positive.
     """
     if not model_name:
         raise ValueError("model_name must not be empty")
-    if api_key is not None and not api_key.strip():
-        raise ValueError("api_key must not be empty; None is for a server without one")
+    if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key.isprintable()):
+        raise ValueError("api_key must be printable ASCII, and not empty; None is for a server without one")
     for name, value in (("max_body_bytes", max_body_bytes), ("deadline", deadline)):
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be a positive number, got {value}")
@@ -129,6 +135,7 @@ def create_app(
         version=__version__,
         summary="Image embeddings by NVIDIA's RADIO models",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
@@ -175,11 +182,13 @@ def _add_metrics(app: FastAPI, prometheus: Prometheus, guarded: list) -> None:
 
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health/live", tags=["health"])
+    @app.head("/health/live", include_in_schema=False)
     async def live() -> Health:
         """The process answers."""
         return Health(status="ok")
 
     @app.get("/health/ready", tags=["health"], responses=_errors(503))
+    @app.head("/health/ready", include_in_schema=False)
     async def ready() -> Health:
         """The model is loaded and warm, and the server not told to stop."""
         if reason := service.why_not_ready:
@@ -188,16 +197,23 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
-    for path, name in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
-        file = FileResponse(PAGE / name, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
-        app.add_api_route(path, _always(file), include_in_schema=False)
+    names = {"/": "index.html", "/docs": "docs.html"} | {f"/{n}": n for n in ("page.js", "page.css", "docs.js")}
+    for path, name in names.items():
+        app.add_api_route(path, partial(_file, name), methods=["GET", "HEAD"], include_in_schema=False)
+
+    @app.head("/openapi.json", include_in_schema=False)
+    async def description() -> None:
+        """FastAPI's own is for GET alone."""
 
 
-def _always(response: Response) -> Callable[[], Response]:
-    return lambda: response
+async def _file(name: str) -> Response:
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+    return FileResponse(PAGE / name, headers=headers)
 
 
 def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
+    parsing = asyncio.Lock()  # holds the interpreter, and memory: one at a time
+
     @app.get("/v1/models", tags=["embeddings"], dependencies=guarded, responses=_errors(401, 503))
     async def models() -> ModelList:
         """The names that `model` may have."""
@@ -211,25 +227,32 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         "/v1/embeddings",
         tags=["embeddings"],
         dependencies=guarded,
+        openapi_extra=JSON_BODY,
         response_model=EmbeddingList,
         responses=_errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
     )
-    async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
+    async def embeddings(request: Request) -> Response:
         """Summaries of images, in OpenAI's form."""
         by_name = {service.name_of(output): output for output in service.outputs}
-        if body.model not in by_name:
+        if "json" not in request.headers.get("content-type", "").lower():
+            raise ApiError(415, "not_json", "the body must be application/json")
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+        async with parsing:
+            asked, images = await asyncio.to_thread(read_request, body)
+        del body
+        if asked.model not in by_name:
             raise ApiError(
-                404, "model_not_found", f"model must be one of {', '.join(by_name)}, got {body.model[:80]!r}",
+                404, "model_not_found", f"model must be one of {', '.join(by_name)}, got {asked.model[:80]!r}",
                 param="model",
             )  # fmt: skip
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        images = await asyncio.to_thread(lambda: [image_of_text(text, i) for i, text in enumerate(texts)])
-        results = await service.embed(request, images)
-        output = by_name[body.model]
-        width = results[0].outputs[output].summary.shape[-1]
-        if body.dimensions not in (None, width):
+        output = by_name[asked.model]
+        if asked.dimensions not in (None, width := service.width_of(output)):
             raise ApiError(400, "invalid_value", f"dimensions must be {width}", param="dimensions")
-        content = await asyncio.to_thread(embedding_list, results, output, body.model, body.encoding_format == "base64")
+        results = await service.embed(request, images)
+        as_base64 = asked.encoding_format == "base64"
+        content = await asyncio.to_thread(embedding_list, results, output, asked.model, as_base64)
         return Response(content, media_type="application/json", headers={"Server-Timing": timing_of(results)})
 
     @app.post(
@@ -264,15 +287,16 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         form = query.format or ("safetensors" if dense else "json")
         if form == "json" and dense:
             raise ApiError(400, "invalid_value", "features come as safetensors or npy, not as json", param="format")
-        images = await _uploaded(request)
-        if form == "npy" and not len(images) == len(names) == len(kinds) == 1:
-            raise ApiError(
-                400, "invalid_value", "npy holds one array: one image, adaptor and output; take safetensors",
-                param="format",
-            )  # fmt: skip
-        results = await service.embed(
-            request, images, deadline=query.deadline, features=dense, resolution=_size(query.resolution, embedder)
+        resolution = _size(query.resolution, embedder)
+        several = ApiError(
+            400, "invalid_value", "npy holds one array: one image, adaptor and output; take safetensors", param="format"
         )
+        if form == "npy" and not len(names) == len(kinds) == 1:
+            raise several
+        images = await _uploaded(request)
+        if form == "npy" and len(images) != 1:
+            raise several
+        results = await service.embed(request, images, deadline=query.deadline, features=dense, resolution=resolution)
         headers = {"Server-Timing": timing_of(results)}
         if form == "json":
             content = await asyncio.to_thread(as_json, results, names, service.model_name)
@@ -286,18 +310,29 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         return Response(await asyncio.to_thread(encoded), media_type="application/octet-stream", headers=headers)
 
 
+class _Parser(MultiPartParser):
+    """Knows whether the closing boundary was there; a body cut short would only have fewer files."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
 async def _uploaded(request: Request) -> list[bytes]:
     """The files of the parts named images."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         raise ApiError(415, "not_multipart", "the body must be multipart/form-data with files named 'images'")
-    parser = MultiPartParser(request.headers, request.stream(), max_files=MAX_IMAGES, max_fields=0)
+    parser = _Parser(request.headers, request.stream(), max_files=MAX_IMAGES, max_fields=0)
     parser.spool_max_size = 2**62  # the body is small enough for memory; the disk would be slower
     try:
         form = await parser.parse()
     except (MultiPartException, FormParserError) as error:
         raise ApiError(400, "invalid_multipart", str(getattr(error, "message", error))[:200]) from None
     try:
+        if not parser.ended:
+            raise ApiError(400, "invalid_multipart", "the multipart body has no end")
         images = [part for name, part in form.multi_items() if name == "images" and isinstance(part, UploadFile)]
         if not images or len(images) != len(form.multi_items()):
             raise ApiError(400, "no_images", "the body must have files named 'images', and nothing else")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from fastapi import Request
+from starlette.types import Scope
 
 from radio_fast.serve.embedder import Embedder
 from radio_fast.serve.errors import ApiError, api_error, client_gone
@@ -19,13 +20,14 @@ logger = logging.getLogger("radio_fast")
 # Features are large (84 MB of 16384 patches of ViT-H), so fewer images with them are worked on together.
 DENSE_IMAGES = 16  # of one request
 DENSE_IMAGES_TOGETHER = 64
+HELD = "radio_fast.held"  # in a request's scope: what it gives back when its answer has left
 
 
 class Service:
     """What the routes share.
 
     `source`: the embedder, or a function that makes it; it is called in a thread of its own, so that the server can
-    tell of its health meanwhile. `failure`: what that raised. `requests`: how many are being worked on.
+    tell of its health meanwhile. `failure`: what that raised. `requests`: how many are there whose answer has not left.
     """
 
     def __init__(self, source: Embedder | Callable[[], Embedder], model_name: str, deadline: float):
@@ -37,6 +39,8 @@ class Service:
         self.failure: Exception | None = None
         self.requests = 0
         self._dense = 0
+        self._stopped = False
+        self._limits: set[asyncio.Timeout] = set()
         self._waiting: set[asyncio.Future[list[Embedding]]] = set()
 
     def start(self) -> None:
@@ -54,8 +58,11 @@ class Service:
             self._embedder = embedder
 
     async def stop(self) -> None:
-        """Fail what is still waiting. An embedder that was handed in stays its owner's."""
-        self.draining = True
+        """Fail what is still waiting, arriving or leaving. An embedder that was handed in stays its owner's."""
+        self.draining = self._stopped = True
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(0)
         for results in self._waiting:
             results.cancel()
         if self._embedder is not None and self._embedder is not self._source:
@@ -85,18 +92,46 @@ class Service:
         """Their names; raises as `embedder`."""
         return "backbone", *self.embedder.model.adaptors
 
+    def width_of(self, output: str) -> int:
+        """Of its summary."""
+        model = self.embedder.model
+        return model.summary_dim if output == "backbone" else model.adaptors[output].summary_dim
+
     def name_of(self, output: str) -> str:
         """What clients call an output of `outputs` as a model."""
         return self.model_name if output == "backbone" else f"{self.model_name}:{output}"
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around the work on one; a server that drains waits for all of them."""
+    def request(self, scope: Scope) -> Iterator[None]:
+        """Around one until its answer has left; a server that drains waits for all of them."""
         self.requests += 1
+        try:
+            with ExitStack() as scope[HELD]:
+                yield
+        finally:
+            self.requests -= 1
+
+    @asynccontextmanager
+    async def within(self, seconds: float) -> AsyncIterator[None]:
+        """For a client's part of a request, which must not last. TimeoutError, by `stop` too."""
+        async with asyncio.timeout(0 if self._stopped else seconds) as limit:
+            self._limits.add(limit)
+            try:
+                yield
+            finally:
+                self._limits.discard(limit)
+
+    @contextmanager
+    def _dense_images(self, count: int) -> Iterator[None]:
+        if count > DENSE_IMAGES:
+            raise ApiError(413, "too_many_images", f"features are of at most {DENSE_IMAGES} images a request")
+        if self._dense + count > DENSE_IMAGES_TOGETHER:
+            raise ApiError(429, "queue_full", "the server is full, try again later", retry_after=1)
+        self._dense += count
         try:
             yield
         finally:
-            self.requests -= 1
+            self._dense -= count
 
     async def embed(
         self,
@@ -111,12 +146,7 @@ class Service:
         embedder, seconds = self.embedder, deadline or self.deadline
         if len(images) > embedder.max_queue:
             raise ApiError(413, "too_many_images", f"this server holds {embedder.max_queue} images at a time")
-        dense = len(images) if features else 0
-        if dense > DENSE_IMAGES:
-            raise ApiError(413, "too_many_images", f"features are of at most {DENSE_IMAGES} images a request")
-        if self._dense + dense > DENSE_IMAGES_TOGETHER:
-            raise ApiError(429, "queue_full", "the server is full, try again later", retry_after=1)
-        self._dense += dense
+        request.scope[HELD].enter_context(self._dense_images(len(images) if features else 0))
         futures: list[asyncio.Future[Embedding]] = []
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -135,7 +165,6 @@ class Service:
                 raise client_gone()
             raise _answer(DeadlineExceeded(), 0)
         finally:
-            self._dense -= dense
             gone.cancel()
             for future in futures:
                 future.cancel()

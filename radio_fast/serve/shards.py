@@ -11,10 +11,10 @@ import glob
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -52,12 +52,14 @@ def job(output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     with lock:
         file, ours = output / "_job.json", json.loads(json.dumps(settings, default=str))
         if not file.exists():
-            if any(path.name != ".lock" for path in output.iterdir()):
+            if any(path.name != ".lock" and not path.match("._job.json.*.part") for path in output.iterdir()):
                 raise ValueError(f"{output} holds files of something else: name a new folder, or an earlier job's")
             _write_json(file, ours)
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = _read_json(file)
         other = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
-        if other and not any(output.rglob("*.parquet")):  # a first call with a slip in it binds nobody
+        if other and not any(
+            path.is_file() for path in output.rglob("*.parquet")
+        ):  # a first call with a slip in it binds nobody
             for names in (output / "_images").glob("*.json"):
                 names.unlink()
             _write_json(file, ours)
@@ -76,47 +78,76 @@ def _clean(output: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def find_shards(source: Path, output: Path, column: str, keep: Sequence[str] | None, images: int) -> list[Shard]:
+def find_shards(
+    source: Path,
+    output: Path,
+    column: str,
+    keep: Sequence[str] | None,
+    images: int,
+    ours: Container[str] = (),
+) -> list[Shard]:
     """Of a Parquet file or a folder with some, a shard each; else of a folder's images, at any depth, `images` a shard.
 
-    Which image is in which file is settled when it is first seen: images that are new get new files.
+    Which image is in which file is settled when it is first seen: images that are new get new files. `ours`: the
+    columns that come to those kept.
 
     Raises:
-        ValueError: no such source, nothing in it, an unreadable Parquet file, or one without a column of images.
+        ValueError: no such source, nothing in it or both kinds, an unreadable Parquet file, or one without a column of
+            images or with other ones that can't be kept.
     """
     if not source.exists():
         raise ValueError(f"{source} does not exist; it must be a folder on a file system that all machines share")
-    files = [source] if source.is_file() else sorted(p for p in source.rglob("*.parquet") if p.name[0] not in "._")
-    if files:
-        base = source.parent if source.is_file() else source
-        rows = [_check_parquet(file, column, keep) for file in files]
-        return [Shard(str(f), str(output / f.relative_to(base)), None, n) for f, n in zip(files, rows, strict=True)]
-    return _folder_shards(source, output, images)
+    if source.is_file():
+        rows = _check_parquet(source, column, keep, ours)
+        return [Shard(str(source), str((output / source.name).with_suffix(".parquet")), None, rows)]
+    # Folders may be named like a file, as Spark's are.
+    files = sorted(p for p in source.rglob("*.parquet") if p.name[0] not in "._" and p.is_file())
+    if not files:
+        return _folder_shards(source, output, images)
+    if pictures := find_images([source]):
+        raise ValueError(f"{source} holds Parquet files and images, such as {pictures[0]}: name a folder of one kind")
+    rows = [_check_parquet(file, column, keep, ours) for file in files]
+    return [Shard(str(f), str(output / f.relative_to(source)), None, n) for f, n in zip(files, rows, strict=True)]
 
 
-def _check_parquet(file: Path, column: str, keep: Sequence[str] | None) -> int:
+def _check_parquet(file: Path, column: str, keep: Sequence[str] | None, ours: Container[str]) -> int:
     try:
         parquet = pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} can't be read as Parquet: {error}") from error
     with parquet:
         schema = parquet.schema_arrow
-        missing = [name for name in (column, *(keep or ())) if name not in schema.names]
+        kept = [name for name in schema.names if name != column] if keep is None else list(keep)
+        missing = [name for name in (column, *kept) if name not in schema.names]
         if missing:
             raise ValueError(f"{file} has no column {missing[0]!r}, but {', '.join(map(repr, schema.names))}")
+        twice = [name for name in (column, *kept) if schema.names.count(name) > 1 or kept.count(name) > 1]
+        if twice:
+            raise ValueError(f"{file}: column {twice[0]!r} is there more than once")
+        taken = [name for name in kept if name in ours]
+        if taken:
+            raise ValueError(f"{file} has a column {taken[0]!r}, as the output has: choose with keep=[…]")
         kind = schema.field(column).type
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind = kind.field("bytes").type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        if not _is_binary(kind.value_type if pa.types.is_dictionary(kind) else kind):
             raise ValueError(f"{file}: column {column!r} must be binary, or a struct with a field 'bytes', not {kind}")
         return parquet.metadata.num_rows
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    types = pa.types
+    return any(
+        check(kind)
+        for check in (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    )
 
 
 def _folder_shards(source: Path, output: Path, images: int) -> list[Shard]:
     lists = output / "_images"
     lists.mkdir(exist_ok=True)
     # Through JSON, names that are no Unicode come back as they were.
-    known = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(lists.glob("*.json"))}
+    known = {file: _read_json(file) for file in sorted(lists.glob("*.json"))}
     seen = {name for names in known.values() for name in names}
     found = [path.relative_to(source).as_posix() for path in find_images([source])]
     if not found and not known:
@@ -140,7 +171,7 @@ def finished(shard: Shard) -> bool:
 def read(shard: Shard, column: str, keep: Sequence[str] | None) -> Iterator[tuple[pa.Table, list[Any]]]:
     """A few rows at a time, and one time at least: columns that go into the output, and the images."""
     if shard.root is not None:
-        names = json.loads(Path(shard.source).read_text(encoding="utf-8"))
+        names = _read_json(Path(shard.source))
         for start in range(0, len(names), ROWS):
             part = names[start : start + ROWS]
             paths = pa.array([text(name) for name in part], pa.string())
@@ -191,9 +222,8 @@ def write(shard: Shard, tables: Iterator[pa.Table]) -> None:
     try:
         with part.open("xb") as file:
             _write_tables(shard, tables, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
+            _to_disk(file)
+        _rename(part, target)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -216,7 +246,32 @@ def _write_tables(shard: Shard, tables: Iterator[pa.Table], file: Any) -> None:
         raise OSError(f"has {written} images, and had {shard.rows} when the job began")
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or name a new folder") from error
+
+
 def _write_json(path: Path, content: Any) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    with part.open("x", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        _to_disk(file)
+    _rename(part, path)
+
+
+def _to_disk(file: IO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _rename(part: Path, target: Path) -> None:
+    """For good: a power cut does not undo it."""
+    os.replace(part, target)
+    if os.name == "posix":  # elsewhere folders can't be opened
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

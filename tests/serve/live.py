@@ -84,7 +84,7 @@ class Scripted:
     max_queue = 4
     max_tokens = 1024
     closed = False
-    model = SimpleNamespace(adaptors={}, patch_size=16)
+    model = SimpleNamespace(adaptors={}, patch_size=16, summary_dim=4)
 
     def __init__(self, script=None):
         self.script = script

@@ -14,11 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import radio_fast
 from radio_fast.cli import app
 from radio_fast.serve.embedder import Embedder
+from radio_fast.serve.service import Service
 from tests.conftest import golden_source
 from tests.numerics import assert_relative
 from tests.serve.live import picture
@@ -103,7 +105,7 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path):
     assert "--log-level must be one of debug, info, warning, error" in run("--log-level", "loud")
     assert "deadline must be a positive number" in run(CHECKPOINT, "--deadline", "0")
     assert "max_body_bytes must be a positive number" in run(CHECKPOINT, "--max-body-mb", "-1")
-    assert "api_key must not be empty" in run(CHECKPOINT, "--api-key", " ")
+    assert "api_key must be printable ASCII, and not empty" in run(CHECKPOINT, "--api-key", " ")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"can't listen on 127.0.0.1 port {port}: Address already in use" in run(CHECKPOINT, "--port", port)
@@ -111,6 +113,26 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"nothing")
     assert "broken.pth" in run(str(tmp_path / "broken.pth"), "--port", "0")
     assert "sides must be multiples of" in run(CHECKPOINT, "--port", "0", "--resolution", "50")
+
+
+def test_an_empty_key_is_no_open_server(monkeypatch):
+    monkeypatch.setenv("RADIO_FAST_API_KEY", "")
+    assert "RADIO_FAST_API_KEY must not be empty" in run(CHECKPOINT, "--log-level", "loud")
+    assert "--log-level" in run(CHECKPOINT, "--log-level", "loud", "--api-key", "secret")
+
+
+def test_a_signal_right_after_the_line(monkeypatch):
+    """It is the server's from the moment that others know of the server."""
+
+    def echo(line: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(typer, "echo", echo)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Service, "start", lambda self: None)  # nothing to load
+    done = CliRunner().invoke(app, ["serve", CHECKPOINT, "--port", "0"])
+    assert done.exit_code == 0, done.output
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn", "python_multipart", "prometheus_client"])

@@ -32,7 +32,8 @@ def server():
 def description(server):
     """With what it can't say: which texts are images, and what this server's model is called and takes."""
     content = httpx.get(f"{server.url}/openapi.json").json()
-    request = content["components"]["schemas"]["EmbeddingsRequest"]["properties"]
+    body = content["paths"]["/v1/embeddings"]["post"]["requestBody"]
+    request = body["content"]["application/json"]["schema"]["properties"]
     texts = {"enum": [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in IMAGES]}
     text, several = request["input"]["anyOf"]
     text |= texts

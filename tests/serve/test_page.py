@@ -118,3 +118,11 @@ def test_dropped_again_and_something_else(page, browser):
     assert (width, height) == (6, 4) and colours > 12
     # The browser says by itself that an answer was a 415, and that notes.txt is no picture.
     assert all("415" in line["message"] or "blob:" in line["message"] for line in browser.get_log("browser"))
+
+
+def test_the_interface(browser, server):
+    page = Page(browser, f"{server.url}/docs")
+    page.shown("#operations", "POST /embed")
+    for text in ("multipart/form-data", "Image files: JPEG", "adaptor", "429", "EmbeddingList", "prompt_tokens"):
+        page.shown("#operations", text)
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []

@@ -267,10 +267,64 @@ def test_a_folder_is_one_jobs_alone(tmp_path):
         shards.job(output, {"version": "b", "keep": ["a"]}),
     ):
         pass
+    (output / "_job.json").write_text("")  # as a power cut may leave it
+    with pytest.raises(ValueError, match=r"_job\.json is damaged"), shards.job(output, {}):
+        pass
     (output / "_job.json").unlink()
     (output / "other.txt").touch()
     with pytest.raises(ValueError, match="holds files of something else"), shards.job(output, {}):
         pass
+
+
+def test_a_job_that_died_before_it_began(tmp_path):
+    (tmp_path / "._job.json.0.part").touch()
+    with shards.job(tmp_path, {}):
+        assert not leftovers(tmp_path)
+
+
+def test_names_of_parquet_files(tmp_path):
+    """An output ends in .parquet, by which other settings are refused; folders may too."""
+    table = table_of([picture(0)])
+    (tmp_path / "folder" / "spark.parquet").mkdir(parents=True)
+    for name in ("one.pq", "folder/spark.parquet/part-0.parquet"):
+        pq.write_table(table, tmp_path / name)
+
+    def outputs(source):
+        found = shards.find_shards(tmp_path / source, tmp_path / "out", "image", None, 1)
+        return [Path(shard.output).relative_to(tmp_path / "out").as_posix() for shard in found]
+
+    assert outputs("one.pq") == ["one.parquet"]
+    assert outputs("folder") == ["spark.parquet/part-0.parquet"]
+    assert outputs("folder/spark.parquet") == ["part-0.parquet"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary_view(), pa.binary(len(picture(0))), pa.dictionary(pa.int32(), pa.binary())], ids=str
+)
+def test_kinds_of_binary_columns(stage, tmp_path, kind):
+    values = pa.array([picture(0)], pa.binary())
+    values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
+    pq.write_table(pa.table({"image": values}), tmp_path / "in.parquet")
+    [shard] = shards.find_shards(tmp_path / "in.parquet", tmp_path / "out", "image", None, 1)
+    row = stage(pa.Table.from_pylist([shard._asdict()])).to_pylist()[0]
+    assert (row["images"], row["failed"], row["error"]) == (1, 0, None)
+
+
+def test_no_columns_kept(stage):
+    """But the path that is in the image's own column."""
+    table = table_of([picture(0)])
+    kept, _ = shards.split(table, "image", [])
+    assert kept.column_names == ["path"]
+    kept, _ = shards.split(table.set_column(1, "image", [[picture(0)]]), "image", [])
+    assert kept.column_names == []
+
+
+def test_columns_that_come_are_known_before(stage):
+    kept, images = shards.split(pa.table({"image": [picture(0)]}), "image", [])
+    table = next(stage._embed([(kept, images)]))
+    assert set(table.column_names) == ray_module._columns(["backbone"], False)
+    names = ray_module._columns(["backbone", *ray_module._names("clip")], True)
+    assert {"features", "clip_summary", "clip_features", "grid_width"} <= names
 
 
 @pytest.mark.parametrize(
@@ -285,14 +339,24 @@ def test_a_folder_is_one_jobs_alone(tmp_path):
         ({"source": "tables", "column": "picture"}, r"b\.parquet has no column 'picture', but 'id', 'image'"),
         ({"source": "tables", "keep": ["name"]}, "has no column 'name'"),
         ({"source": "tables/b.parquet", "column": "id"}, "must be binary, or a struct with a field 'bytes', not int64"),
+        ({"source": "taken"}, r"t\.parquet has a column 'error', as the output has: choose with keep="),
+        ({"source": "twice"}, r"t\.parquet: column 'id' is there more than once"),
+        ({"keep": ["id", "id"]}, "column 'id' is there more than once"),
+        ({"source": "mixed"}, r"holds Parquet files and images, such as .*a\.png"),
+        ({"dtype": "floaty"}, "floaty"),
         ({"images_per_file": 0}, "images_per_file must be at least 1, got 0"),
         ({"actors": 0}, "actors must be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "tables", "text"):
+    for name in ("empty", "tables", "text", "taken", "twice", "mixed"):
         Path(name).mkdir()
+    one = table_of([picture(0)])
+    pq.write_table(one.append_column("error", [[1]]), "taken/t.parquet")
+    pq.write_table(one.append_column("id", [[1]]), "twice/t.parquet")
+    pq.write_table(one, "mixed/t.parquet")
+    Path("mixed/a.png").touch()
     Path("text/a.parquet").write_text("no Parquet")
     pq.write_table(table_of([picture(0)]), "tables/b.parquet")
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -20,8 +21,10 @@ from safetensors.numpy import load as load_safetensors
 
 import radio_fast
 from radio_fast.images import ImageError
-from radio_fast.serve import gate, listen
+from radio_fast.serve import gate, listen, service
+from radio_fast.serve import server as server_module
 from radio_fast.serve.embedder import Embedder
+from radio_fast.serve.gate import OPEN
 from radio_fast.serve.server import create_app
 from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, QueueFull
 from tests.conftest import golden_source
@@ -71,7 +74,9 @@ def test_openai_embeddings(client, embedder):
     images = [picture(1), picture(2, kind="JPEG"), picture(3, 100, 30, kind="WEBP")]
     wanted = [embedder.submit(image).result() for image in images]
     mime = "\n".join(b64(images[2])[i : i + 76] for i in range(0, len(b64(images[2])), 76))
-    texts = [f"data:image/png;base64,{b64(images[0])}", b64(images[1]), f"DATA:image/webp;foo=bar;BASE64,{mime}"]
+    urlsafe = base64.urlsafe_b64encode(images[1]).decode().rstrip("=")
+    assert "_" in urlsafe and "-" in urlsafe
+    texts = [f"data:image/png;base64,{b64(images[0])}", urlsafe, f"DATA:image/webp;foo=bar;BASE64,{mime}"]
     answer = client.post("/v1/embeddings", json={"input": texts, "model": "tiny", "user": "me"})
     assert answer.status_code == 200, answer.text
     content = answer.json()
@@ -84,6 +89,8 @@ def test_openai_embeddings(client, embedder):
     for name in ("clip", "dino_v2"):
         asked = {"input": texts[0], "model": f"tiny:{name}", "encoding_format": "base64"}
         wide = wanted[0].outputs[name].summary
+        wrong = client.post("/v1/embeddings", json=asked | {"dimensions": len(wide) + 1})
+        assert error_of(wrong)["message"] == f"dimensions must be {len(wide)}"
         answer = client.post("/v1/embeddings", json=asked | {"dimensions": len(wide)})
         [item] = answer.json()["data"]
         assert_relative(torch.tensor(struct.unpack(f"<{len(wide)}f", base64.b64decode(item["embedding"]))), wide)
@@ -97,7 +104,8 @@ IMAGE = b64(picture())
     ("body", "status", "code", "says"),
     [
         ({"input": IMAGE, "model": "gpt"}, 404, "model_not_found", "tiny, tiny:clip, tiny:dino_v2, got 'gpt'"),
-        ({"input": IMAGE, "model": "\ud800"}, 404, "model_not_found", "ud800"),
+        ({"input": IMAGE, "model": "\ud800"}, 400, "invalid_value", "body: Invalid JSON"),
+        ({"input": IMAGE, "model": "\0"}, 404, "model_not_found", "x00"),
         ({"input": IMAGE, "model": "tiny:backbone"}, 404, "model_not_found", "tiny"),
         ({"input": IMAGE, "model": "tiny", "dimensions": 7}, 400, "invalid_value", "dimensions must be"),
         ({"input": IMAGE, "model": "tiny", "dimensions": float("nan")}, 400, "invalid_value", "integer"),
@@ -131,6 +139,36 @@ def test_openai_errors(client, body, status, code, says):
 def test_openai_bodies_that_are_no_request(client, content):
     answer = client.post("/v1/embeddings", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and error_of(answer)
+
+
+def test_openai_bodies_are_json(client):
+    for kind in ("", "text/plain", "multipart/form-data", "application/x-www-form-urlencoded"):
+        answer = client.post(
+            "/v1/embeddings", content=b'{"input": "AA==", "model": "tiny"}', headers={"Content-Type": kind}
+        )
+        assert answer.status_code == 415 and error_of(answer)["code"] == "not_json"
+
+
+def test_bodies_are_parsed_one_at_a_time_and_beside_the_server(monkeypatch):
+    """Health is answered meanwhile."""
+    together, most, go, read = [], [], threading.Event(), server_module.read_request
+
+    def slow(body):
+        together.append(body)
+        most.append(len(together))
+        assert go.wait(30)
+        together.pop()
+        return read(body)
+
+    monkeypatch.setattr(server_module, "read_request", slow)
+    with serving(Scripted(lambda number: result())) as running, ThreadPoolExecutor(3) as pool:
+        body = {"input": "AA==", "model": "tiny"}
+        asked = [pool.submit(httpx.post, f"{running.url}/v1/embeddings", json=body, timeout=60) for _ in range(3)]
+        until(lambda: running.app.state.service.requests == 3 and together)
+        assert httpx.get(f"{running.url}/health/live").status_code == 200
+        go.set()
+        assert [one.result().status_code for one in asked] == [200] * 3
+    assert most == [1] * 3
 
 
 # -- /embed -----------------------------------------------------------------------------------------------------------
@@ -217,6 +255,24 @@ def test_embed_parameters(client, query, count, status, says):
     assert says in message and len(message) < 300
 
 
+def test_what_can_not_be_is_refused_before_it_is_computed():
+    embedder = Scripted()
+    with serving(embedder) as running, httpx.Client(base_url=running.url) as client:
+        head = "Host: x\nContent-Type: multipart/form-data; boundary=X\nContent-Length: 999"  # and no body
+        for query in (
+            "format=npy&output=both",
+            "resolution=9999",
+            "adaptor=x",
+            "deadline=99",
+            "output=features&format=json",
+        ):
+            assert raw(running.port, f"POST /embed?{query} HTTP/1.1\n{head}")[0] in (400, 404)
+        assert client.post("/embed?format=npy", files=files(b"1", b"2")).status_code == 400
+        answer = client.post("/v1/embeddings", json={"input": "AA==", "model": "tiny", "dimensions": 3})
+        assert answer.status_code == 400 and error_of(answer)["message"] == "dimensions must be 4"
+    assert not embedder.futures
+
+
 def bomb(side: int) -> bytes:
     """A PNG of side² pixels in one bit each."""
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
@@ -271,6 +327,9 @@ def part(name: str, content: bytes, filename: str | None = "a.png", extra: bytes
         ("multipart/form-data; boundary=X", part("images", picture()) + part("output", b"both", None) + b"--X--", 400),
         ("multipart/form-data; boundary=X", part("images", picture()) + part("more", b"") + b"--X--", 400),
         ("multipart/form-data; boundary=X", part("images", b"") * 257 + b"--X--\r\n", 400),
+        ("multipart/form-data; boundary=X", part("images", picture()) + b"--X--", 200),
+        ("multipart/form-data; boundary=X", part("images", picture()), 400),
+        ("multipart/form-data; boundary=X", part("images", picture()) + part("images", picture())[:-20], 400),
         ("multipart/form-data; boundary=X", b"--X--\r\n", 400),
         ("multipart/form-data; boundary=X", b"", 400),
         ("multipart/form-data; boundary=X", b"no parts", 400),
@@ -338,6 +397,27 @@ def test_a_body_that_does_not_arrive(server, monkeypatch):
     assert server.app.state.service.requests == 0
 
 
+def test_a_body_that_arrives_byte_by_byte(server, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\nContent-Length: 9999"
+    over = threading.Event()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + part("images", b""))
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while not over.wait(0.02):
+                    connection.sendall(b"-")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            assert connection.recv(12) == b"HTTP/1.1 408"
+        finally:
+            over.set()
+            thread.join()
+
+
 def test_all_bodies_together_are_limited():
     embedder = Scripted()
     with serving(embedder, max_body_bytes=1000) as running:
@@ -365,7 +445,7 @@ def test_all_bodies_together_are_limited():
 
 
 def test_json_of_many_items_is_refused_before_it_is_parsed(client, monkeypatch):
-    monkeypatch.setattr(json, "loads", lambda *args: pytest.fail("parsed"))
+    monkeypatch.setattr(server_module, "read_request", lambda *args: pytest.fail("parsed"))
     content = b'{"input":[' + b"1," * 4097 + b"1]}"
     for kind in ("application/json", "application/JSON; charset=utf-8", "application/vnd.x+json"):
         answer = client.post("/v1/embeddings", content=content, headers={"Content-Type": kind})
@@ -390,18 +470,79 @@ def test_features_of_many_images():
         assert httpx.post(url, files=files(b"x")).status_code == 200
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux drops unread answers by itself")
-def test_an_answer_that_is_not_read_is_dropped(monkeypatch):
-    monkeypatch.setattr(listen, "UNREAD_SECONDS", 0.3)
-    large = result(grid=(512, 512), width=16)
-    with serving(Scripted(lambda number: large)) as running, socket.socket() as connection:
+LARGE = result(grid=(512, 512), width=16)  # an answer of 16 MB
+
+
+@contextlib.contextmanager
+def unread(running, query: str = "output=features&format=npy"):
+    """Someone who asks for an answer, and has read nothing of it yet."""
+    with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(30)
         connection.connect(("127.0.0.1", running.port))
         body = part("images", b"x") + b"--X--\r\n"
-        head = "POST /embed?output=features HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+        head = f"POST /embed?{query} HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        until(lambda: 'path="/embed",status="200"' in httpx.get(f"{running.url}/metrics").text)
-        until(lambda: not running.server.server_state.connections)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        yield connection
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(2**20), b""))
+
+
+def test_an_answer_that_is_not_read_is_dropped(monkeypatch):
+    """By the server, and what the system already has of it by the system."""
+    monkeypatch.setattr(listen, "UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(gate, "ANSWER_RATE", 2**40)
+    with serving(Scripted(lambda number: LARGE)) as running, unread(running) as connection:
+        until(lambda: 'path="/embed",status="499"' in httpx.get(f"{running.url}/metrics").text)
+        assert running.app.state.service.requests == 0
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            until(lambda: not running.server.server_state.connections)
+        with contextlib.suppress(ConnectionError):
+            assert len(rest_of(connection)) < 2**24
+
+
+def test_an_answer_that_is_not_read_holds_its_place(monkeypatch):
+    monkeypatch.setattr(service, "DENSE_IMAGES_TOGETHER", 1)
+    with serving(Scripted(lambda number: LARGE)) as running:
+        url = f"{running.url}/embed?output=features"
+        with unread(running) as connection:
+            assert httpx.post(url, files=files(b"x")).status_code == 429
+            assert running.app.state.service.requests == 1
+            while running.app.state.service.requests:
+                assert connection.recv(2**20)
+        assert httpx.post(url, files=files(b"x")).status_code == 200
+
+
+def test_a_drain_waits_for_an_answer_that_is_read_slowly(monkeypatch):
+    monkeypatch.setattr(listen, "GRACE_SECONDS", 0)
+    with serving(Scripted(lambda number: LARGE), drain_seconds=60) as running, unread(running) as connection:
+        running.signal()
+        assert not running.ended(0.5)
+        content = rest_of(connection).partition(b"\r\n\r\n")[2]
+        assert np.load(io.BytesIO(content)).shape == (512, 512, 16)
+        assert running.ended()
+
+
+def test_what_is_arriving_or_leaving_when_a_drain_ends(caplog, monkeypatch):
+    monkeypatch.setattr(listen, "GRACE_SECONDS", 1)
+    with (
+        serving(Scripted(lambda number: LARGE), drain_seconds=600) as running, unread(running),
+        socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection,
+    ):  # fmt: skip
+        head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+        connection.sendall(f"{head}Content-Length: 999\r\n\r\n".encode() + part("images", b"1"))
+        until(lambda: running.app.state.service.requests == 2)
+        running.signal()
+        running.signal()
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 503 and json.loads(answer.read())["error"]["code"] == "shutting_down"
+        assert running.ended()
+    assert not any(record.exc_info for record in caplog.records)
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -579,6 +720,7 @@ def test_a_signal_lets_requests_finish():
             assert answer.status_code == 503 and error_of(answer)["message"] == "the server is shutting down"
             assert answer.headers["connection"] == "close"
             assert client.get("/health/live").status_code == 200
+            assert "radio_fast_http_requests_in_flight 2.0" in client.get("/metrics").text
             answer = client.post("/embed", files=files(b"y"))
             assert answer.status_code == 503 and error_of(answer)["code"] == "shutting_down"
             assert answer.headers["retry-after"] == "1" and len(embedder.futures) == 2
@@ -615,12 +757,12 @@ def test_only_an_embedder_made_here_is_closed_here():
 # -- keys, headers, metrics -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["secret", "gehé️im "])
+@pytest.mark.parametrize("key", ["secret", "s3cr:et "])
 def test_a_key(key):
     embedder = Scripted(lambda number: result())
     with serving(embedder, api_key=key) as running, httpx.Client(base_url=running.url) as client:
-        for path in ("/health/live", "/health/ready", "/", "/page.js", "/page.css", "/docs", "/openapi.json"):
-            assert client.get(path).status_code == 200, path
+        for path in OPEN:
+            assert client.get(path).status_code == client.head(path).status_code == 200, path
         right = b"Bearer " + key.strip().encode()
         for header in (None, b"", b"Bearer", b"Bearer wrong", b"Basic " + key.strip().encode(), key.strip().encode(),
                        right + b"x", right[:-3], b"Bearer \xff"):  # fmt: skip
@@ -640,7 +782,9 @@ def test_a_key(key):
 def test_arguments():
     for options, says in (
         ({"model_name": ""}, "model_name"),
-        ({"api_key": " "}, "api_key must not be empty"),
+        ({"api_key": " "}, "api_key must be printable ASCII, and not empty"),
+        ({"api_key": "gehé️im"}, "api_key must be printable ASCII"),
+        ({"api_key": "a\nb"}, "api_key must be printable ASCII"),
         ({"max_body_bytes": 0}, "max_body_bytes must be a positive number"),
         ({"deadline": float("nan")}, "deadline must be a positive number"),
     ):
@@ -667,10 +811,24 @@ def test_metrics(embedder):
     assert values["radio_fast_queue_depth"] == "0.0"
 
 
+def test_below_a_prefix():
+    """A proxy takes it off, and ASGI's path has it again."""
+    with serving(Scripted(lambda number: result()), api_key="secret") as running:
+        running.server.config.root_path = "/here"
+        with httpx.Client(base_url=running.url) as client:
+            for path in OPEN:
+                assert client.get(path).status_code == 200, path
+            assert client.get("/metrics").status_code == client.get("/v1/models").status_code == 401
+            client.headers["Authorization"] = "Bearer secret"
+            assert client.post("/embed", files=files(b"x")).status_code == 200
+            assert 'requests_total{path="/embed",status="200"} 1.0' in client.get("/metrics").text
+
+
 def test_headers_of_the_page(client):
-    for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
+    for path, kind in (("/", "html"), ("/docs", "html"), ("/page.js", "javascript"), ("/docs.js", "javascript"),
+                       ("/page.css", "css")):  # fmt: skip
         answer = client.get(path)
-        assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith(f"text/{kind}")
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "access-control-allow-origin" not in client.get("/", headers={"Origin": "http://evil"}).headers
