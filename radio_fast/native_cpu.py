@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import threading
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from radio_fast import native
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = "libradio_fast_cpu.so"
 REASON = "libradio_fast_cpu.txt"  # the build leaves it in the library's place: why there is none
 DTYPES = {torch.bfloat16: 1, torch.float32: 2}
@@ -28,10 +31,12 @@ ENTRIES = {
     "rf_cpu_abi_version": (_I, []),
     "rf_cpu_last_error": (ctypes.c_char_p, []),
     "rf_cpu_features": (ctypes.c_char_p, []),
-    "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, _I, _I]),
-    "rf_cpu_layer_norm": (_I, [*[_P] * 6, _I, *[_L] * 4, _F, _F, _I]),
+    "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, _I, _I, _I]),
+    "rf_cpu_layer_norm": (_I, [*[_P] * 6, _I, _I, *[_L] * 4, _F, _F, _I]),
     "rf_cpu_attention": (_I, [*[_P] * 3, *[_L] * 9, _I]),
+    "rf_cpu_block": (_I, [ctypes.c_char_p]),
 }
+_BLOCK = struct.Struct("=5q" + "2q2d" * 3 + "8q" + "9q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
 # What oneDNN understands too: whoever takes AMX from it, to compare or to be safe, takes it from these kernels.
 MASK, WITH_AMX = "ONEDNN_MAX_CPU_ISA", ("", "ALL", "DEFAULT")
 
@@ -120,8 +125,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     """residual + act(x·weightᵀ + bias).
 
     Args:
-        x: (..., K), bfloat16, K a multiple of 32. weight: (N, K), read where it lies. bias: (N) or None; float32 is not
-            copied. activation: None or "gelu", the exact one. residual: (..., N) or None.
+        x: (..., K), bfloat16, K a multiple of 32. weight: (N, K), read where it lies; float32 is rounded as it is read.
+            bias: (N) or None; float32 is not copied. activation: None or "gelu", the exact one. residual: (..., N) or
+            None.
 
     Returns:
         (..., N), bfloat16; sums are float32 and rounded once.
@@ -145,8 +151,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         "rf_cpu_linear",
         *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()),
         *(None if residual is None else residual.data_ptr(), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
-        *(weight.stride(0), 0 if residual is None else residual.stride(0), N, ACTIVATIONS[activation]),
-        torch.get_num_threads(),
+        *(weight.stride(0), 0 if residual is None else residual.stride(0), N),
+        *(DTYPES[weight.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
     )
     return out
 
@@ -174,7 +180,8 @@ def layer_norm(
         "rf_cpu_layer_norm",
         *(rows.data_ptr(), None if others is None else others.data_ptr(), weight.data_ptr()),
         *(None if bias is None else bias.data_ptr(), None if y is None else s.data_ptr(), out.data_ptr()),
-        *(DTYPES[x.dtype], *rows.shape, rows.stride(0), 0 if others is None else others.stride(0), eps, scale, threads),
+        *(DTYPES[x.dtype], DTYPES[weight.dtype], *rows.shape, rows.stride(0)),
+        *(0 if others is None else others.stride(0), eps, scale, threads),
     )
     return s, out
 
@@ -215,3 +222,47 @@ def attention(
         *(width // (3 * num_heads), stride_b, qkv.stride(-2), across, side, torch.get_num_threads()),
     )
     return out
+
+
+def block(
+    x: Tensor,
+    normed: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[tuple[float, float]],
+    num_heads: int,
+    window: tuple[int, int, int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A transformer block: (its output, the norm after it of that, or None). Every value is what `linear`, `attention`
+    and `layer_norm` give.
+
+    Args:
+        x: (B, N, D), bfloat16, D and the hidden values multiples of 32. normed: the first norm of x, or None.
+        weights, biases: the block's two norms', those of the norm after it if it is wanted, those of qkv, proj, fc1 and
+            fc2; contiguous. The weights, and the norms' biases, are all bfloat16, or all float32, which is rounded as
+            it is read; the others are float32.
+        scales: eps and scale of each norm. window: as for `attention`.
+
+    Raises:
+        ValueError, NotImplementedError, MemoryError: as there.
+    """
+    wants_after = len(scales) == 3
+    out, after = x.new_empty(x.shape), x.new_empty(x.shape) if wants_after else None
+    if not out.numel():
+        return out, after
+    images, N, D = x.shape
+    hidden = weights[-2].shape[0]
+    workspace = x.new_empty(images * N * (max(3 * D, hidden) + 2 * D))
+    _, width, side = window or (0, 0, 0)
+    x, normed = x.contiguous(), None if normed is None else normed.contiguous()
+    addresses = [0 if t is None else t.data_ptr() for t in (x, normed, out, after, workspace)]
+    pairs = [
+        (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    norms = [(*pair, *scale) for pair, scale in zip(pairs, scales, strict=False)]
+    if not wants_after:
+        norms.append((0, 0, 0.0, 0.0))
+    sizes = images, N, D, num_heads, hidden, width, side, DTYPES[weights[0].dtype], torch.get_num_threads()
+    _call("rf_cpu_block", _BLOCK.pack(*addresses, *chain(*norms, *pairs[-4:]), *sizes))
+    return out, after

@@ -1,9 +1,10 @@
 /* Linear layers on AMX: out = residual + act(x · weightᵀ + bias), worked out as (weight · xᵀ)ᵀ.
  *
- * Tiles of the weight are loaded from where it lies: there is no second copy of it, nor time spent on one. What has to be
- * rearranged for the tile unit is x, which is small; its tiles stream past L1, where they would push out the weight's rows
- * and the sums. 32 features × 32 tokens of sums are in tiles for 768 of K: spilled every 384 they cost 20 %. Bias, activation, residual and the way back to rows of tokens are
- * worked out between the tile instructions of the next 32 × 32, and the weight's next rows asked for.
+ * Tiles of the weight are loaded from where it lies: there is no second copy of it, nor time spent on one. (A float32
+ * weight is rounded 32 rows × 768 columns at a time, which stay in L1.) What has to be rearranged for the tile unit is x,
+ * which is small; its tiles stream past L1, where they would push out the weight's rows and the sums. 32 features × 32
+ * tokens of sums are in tiles for 768 of K: spilled every 384 they cost 20 %. Bias, activation, residual and the way back
+ * to rows of tokens are worked out between the tile instructions of the next 32 × 32, and the weight's next rows asked for.
  */
 #include "cpu.h"
 
@@ -19,11 +20,13 @@ constexpr int64_t STEPS = 24;         // of 32 columns: 32 features' 48 KiB are 
 constexpr int64_t X_BYTES = 1 << 20;  // of rearranged x: half of L2, the other half is for the weight's rows
 
 struct Problem {
-    const bf16 *x, *weight;
+    const bf16 *x;
+    const char *weight;
     const float *bias;
     const bf16 *residual;
     bf16 *out;
     int64_t M, N, K, stride_x, stride_w, stride_r, stride_o;
+    int64_t value;                // bytes of one of the weight's values: 2 or 4
     int64_t steps, panels;        // of 32 columns, of 32 features
     int64_t blocks, block_tiles;  // of x: how many, and the tiles of 16 tokens in each
     int64_t block_panels;         // of the weight's panels, one item; all of them where x has many blocks
@@ -59,6 +62,25 @@ struct Ahead {
         }
     }
 };
+
+/* Rows of the weight, `steps` × 32 columns of them → bfloat16 tiles: 32 rows of 64 bytes for each step.
+ * Rows that are not there stay what they are: nothing of theirs is stored. */
+void round_panel(const Problem &p, const char *from, int64_t rows, int64_t steps, char *tiles) {
+    for (int64_t row = 0; row < rows; row++, from += p.stride_w * p.value) {
+        char *to = tiles + 64 * row;
+        for (int64_t step = 0; step < steps; step++, to += 2 * TILE) {
+            __m512i values;
+            if (p.value == 4) {
+                const float *at = (const float *)from + 32 * step;
+                values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(at + 16), _mm512_loadu_ps(at));
+            } else {
+                values = _mm512_loadu_si512(from + 64 * step);
+            }
+            _mm512_store_si512(to, values);
+        }
+    }
+    order_memory();
+}
 
 /* Sums of 32 features × 16 or 32 tokens on their way to memory, in units of a few instructions: for each 16 tokens 16
  * units that finish two features each, then 4 that store four tokens each. */
@@ -152,28 +174,29 @@ struct Body {
         Tiles tiles;
         Epilogue<ACT, RESIDUAL> before;
         Ahead next;
-        char *packed, *tail;  // tail: the weight's last rows, where they are no whole panel
-        float *sums;          // 4 tiles for each 32 tokens
+        char *packed, *panel;  // panel: what of the weight can't be loaded from where it lies
+        float *sums;           // 4 tiles for each 32 tokens
 
         explicit Local(Body &body) : p(body.p), before(body.p) {
             size_t x = p.packed ? 0 : (p.block_tiles + 1) / 2 * p.steps * 2 * TILE;
-            const size_t w = p.N % PANEL ? p.steps * 2 * TILE : 0;
+            const size_t w = STEPS * 2 * TILE;
             packed = (char *)scratch(0, x + w + (p.block_tiles + 1) / 2 * 4 * TILE);
-            tail = packed + x, sums = (float *)(tail + w);
+            panel = packed + x, sums = (float *)(panel + w);
         }
 
         bool ready() const { return packed != nullptr; }
 
+        /* w: 32 rows, `stride` bytes apart, of `steps` steps, `across` bytes apart. */
         template <int COLUMNS>
-        void multiply(const char *w, int64_t stride, const char *x, float *c, int64_t from, int units, int lines) {
+        void multiply(
+            const char *w, int64_t stride, int64_t across, const char *x, float *c, int64_t steps, bool fresh,
+            int units, int lines) {
             const int64_t below = 16 * stride;
-            const int64_t to = from + STEPS < p.steps ? from + STEPS : p.steps;
-            if (from == 0)
+            if (fresh)
                 zero_sums();
             else
                 load_sums(c);
-            w += 64 * from, x += 2 * TILE * from;
-            for (int64_t step = from; step < to; step++, w += 64, x += 2 * TILE) {
+            for (int64_t step = 0; step < steps; step++, w += across, x += 2 * TILE) {
                 _tile_loadd(4, w, stride);
                 _tile_stream_loadd(6, x, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -214,26 +237,27 @@ struct Body {
             const int64_t products = (t1 - t0 + 1) / 2 * p.steps;
             const int64_t some = p.steps < STEPS ? p.steps : STEPS;
             const int units = (int)((40 + some - 1) / some);
-            const int lines = (int)((PANEL * p.steps + products - 1) / products);
+            const int64_t row_bytes = p.K * p.value, stride = p.stride_w * p.value;
+            const int lines = (int)((PANEL * row_bytes / 64 + products - 1) / products);
             for (int64_t n = n0; n < n1; n++) {
-                const char *w = (const char *)(p.weight + n * PANEL * p.stride_w);
-                int64_t stride = 2 * p.stride_w, left = p.N - n * PANEL, following = n + 1 < n1 ? left - PANEL : 0;
-                next.start(w + PANEL * stride, following < PANEL ? following : PANEL, stride, 2 * p.K);
-                if (left < PANEL) {
-                    // Features beyond them stay what they are: nothing of theirs is stored.
-                    for (int64_t row = 0; row < left; row++) memcpy(tail + row * 2 * p.K, w + row * stride, 2 * p.K);
-                    w = tail, stride = 2 * p.K;
-                    order_memory();
-                }
+                const char *w = p.weight + n * PANEL * stride;
+                const int64_t left = p.N - n * PANEL, following = n + 1 < n1 ? left - PANEL : 0;
+                const bool direct = p.value == 2 && left >= PANEL;
+                next.start(w + PANEL * stride, following < PANEL ? following : PANEL, stride, row_bytes);
                 for (int64_t step = 0; step < p.steps; step += STEPS) {
+                    const int64_t steps = p.steps - step < STEPS ? p.steps - step : STEPS;
+                    const char *part = w + 32 * p.value * step;
+                    if (!direct) round_panel(p, part, left < PANEL ? left : PANEL, steps, panel);
+                    const char *rows = direct ? part : panel;
+                    const int64_t apart = direct ? stride : 64, across = direct ? 64 : 2 * TILE;
                     for (int64_t t = t0; t < t1; t += 2) {
                         const int pair = t + 1 < t1 ? 2 : 1;
-                        const char *tokens = x + (t - t0) * p.steps * TILE;
+                        const char *tokens = x + ((t - t0) * p.steps + 2 * step) * TILE;
                         float *c = sums + (t - t0) * 2 * 256;
                         if (pair == 2)
-                            multiply<2>(w, stride, tokens, c, step, units, lines);
+                            multiply<2>(rows, apart, across, tokens, c, steps, step == 0, units, lines);
                         else
-                            multiply<1>(w, stride, tokens, c, step, units, lines);
+                            multiply<1>(rows, apart, across, tokens, c, steps, step == 0, units, lines);
                         if (step + STEPS >= p.steps) before.start(c, 16 * t, pair, n * PANEL);
                     }
                 }
@@ -272,20 +296,23 @@ rf_cpu_status launch(Problem &p, int threads) {
 
 rf_cpu_status rf_cpu_linear(
     const void *x, const void *weight, const float *bias, const void *residual, void *out, int64_t M, int64_t N,
-    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int activation, int threads) {
+    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int weight_dtype, int activation,
+    int threads) {
     using namespace rf;
     clear_error();
     if (M < 0 || N < 0 || K < 32 || K % 32 || threads < 1)
         return fail(RF_CPU_BAD_ARGUMENT, "K must be a multiple of 32, got %lld", (long long)K);
     if (activation != RF_CPU_NONE && activation != RF_CPU_GELU)
         return fail(RF_CPU_BAD_ARGUMENT, "no activation %d", activation);
+    if (weight_dtype != RF_CPU_BFLOAT16 && weight_dtype != RF_CPU_FLOAT32)
+        return fail(RF_CPU_BAD_ARGUMENT, "no weight of dtype %d", weight_dtype);
     if (!*rf_cpu_features()) return fail(RF_CPU_UNSUPPORTED, "this CPU, or the system, has no AMX");
     if (!M || !N) return RF_CPU_OK;
     Problem p{};
-    p.x = (const bf16 *)x, p.weight = (const bf16 *)weight, p.bias = bias, p.residual = (const bf16 *)residual;
+    p.x = (const bf16 *)x, p.weight = (const char *)weight, p.bias = bias, p.residual = (const bf16 *)residual;
     p.out = (bf16 *)out, p.M = M, p.N = N, p.K = K;
     p.stride_x = stride_x, p.stride_w = stride_w, p.stride_r = stride_r, p.stride_o = stride_o;
-    p.steps = K / 32, p.panels = (N + PANEL - 1) / PANEL;
+    p.value = weight_dtype == RF_CPU_FLOAT32 ? 4 : 2, p.steps = K / 32, p.panels = (N + PANEL - 1) / PANEL;
     if (activation == RF_CPU_GELU)
         return residual ? launch<RF_CPU_GELU, true>(p, threads) : launch<RF_CPU_GELU, false>(p, threads);
     return residual ? launch<RF_CPU_NONE, true>(p, threads) : launch<RF_CPU_NONE, false>(p, threads);

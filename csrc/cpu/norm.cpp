@@ -42,7 +42,7 @@ struct Values<bf16> {
     }
 };
 
-template <class T>
+template <class T, class W>
 struct Body {
     const Problem &p;
 
@@ -60,6 +60,12 @@ struct Body {
         void run(int64_t item) {
             const int64_t end = (item + 1) * ROWS < p.rows ? (item + 1) * ROWS : p.rows;
             for (int64_t r = item * ROWS; r < end; r++) normalise(r);
+        }
+
+        /* The weight's or bias' values i…i + 15, as T. */
+        __m512 parameters(const void *from, int64_t i) const {
+            __m512 x = Values<W>::load((const W *)from + i, mask(i));
+            return sizeof(T) < sizeof(W) ? widen((__m256i)_mm512_cvtneps_pbh(x)) : x;
         }
 
         void normalise(int64_t r) {
@@ -80,11 +86,10 @@ struct Body {
             }
             const float rstd = 1 / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / (float)p.D + p.eps);
             const __m512 by = _mm512_set1_ps(rstd), scale = _mm512_set1_ps(p.scale);
-            const T *weight = (const T *)p.weight, *bias = (const T *)p.bias;
             for (int64_t i = 0; i < p.D; i += 16) {
                 __m512 n = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(row + i), mean), by);
-                __m512 b = bias ? Values<T>::load(bias + i, mask(i)) : _mm512_setzero_ps();
-                n = _mm512_fmadd_ps(n, Values<T>::load(weight + i, mask(i)), b);
+                __m512 b = p.bias ? parameters(p.bias, i) : _mm512_setzero_ps();
+                n = _mm512_fmadd_ps(n, parameters(p.weight, i), b);
                 Values<T>::store(out + i, mask(i), _mm512_mul_ps(n, scale));
             }
         }
@@ -95,23 +100,20 @@ struct Body {
 }  // namespace rf
 
 rf_cpu_status rf_cpu_layer_norm(
-    const void *x, const void *y, const void *weight, const void *bias, void *sum, void *out, int dtype, int64_t rows,
-    int64_t D, int64_t stride_x, int64_t stride_y, float eps, float scale, int threads) {
+    const void *x, const void *y, const void *weight, const void *bias, void *sum, void *out, int dtype, int weight_dtype,
+    int64_t rows, int64_t D, int64_t stride_x, int64_t stride_y, float eps, float scale, int threads) {
     using namespace rf;
     clear_error();
-    if (rows < 0 || D < 1 || threads < 1 || (dtype != RF_CPU_FLOAT32 && dtype != RF_CPU_BFLOAT16) || !y != !sum)
+    if (rows < 0 || D < 1 || threads < 1 || (dtype != RF_CPU_FLOAT32 && dtype != RF_CPU_BFLOAT16) || !y != !sum ||
+        (weight_dtype != dtype && weight_dtype != RF_CPU_FLOAT32))
         return fail(RF_CPU_BAD_ARGUMENT, "rows of %lld in dtype %d", (long long)D, dtype);
     if (!*rf_cpu_features()) return fail(RF_CPU_UNSUPPORTED, "this CPU, or the system, has no AMX");
     if (!rows) return RF_CPU_OK;
     const Problem p{x, y, weight, bias, sum, out, rows, D, stride_x, stride_y, eps, scale};
     const int64_t items = (rows + ROWS - 1) / ROWS;
-    bool done;
-    if (dtype == RF_CPU_BFLOAT16) {
-        Body<bf16> body{p};
-        done = for_each(items, threads, body);
-    } else {
-        Body<float> body{p};
-        done = for_each(items, threads, body);
-    }
+    auto run = [&](auto body) { return for_each(items, threads, body); };
+    const bool done = dtype == RF_CPU_FLOAT32          ? run(Body<float, float>{p})
+                      : weight_dtype == RF_CPU_FLOAT32 ? run(Body<bf16, float>{p})
+                                                       : run(Body<bf16, bf16>{p});
     return done ? RF_CPU_OK : fail(RF_CPU_NO_MEMORY, "no memory for a row");
 }

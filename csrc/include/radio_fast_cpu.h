@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define RF_CPU_ABI_VERSION 1
+#define RF_CPU_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define RF_CPU_API __attribute__((visibility("default")))
@@ -42,21 +42,23 @@ RF_CPU_API const char *rf_cpu_features(void);
 /* out = residual + act(x · weightᵀ + bias), in bfloat16.
  *
  * x: (M, K), weight: (N, K), residual: (M, N) or null, out: (M, N); values adjacent, stride_* from row to row.
- * K: a multiple of 32. bias: (N) float32, or null. act: one of rf_cpu_activation; the GELU is the exact one.
+ * weight: in `weight_dtype`; float32 is rounded as it is read. K: a multiple of 32. bias: (N) float32, or null. act: one of rf_cpu_activation; the GELU is the exact one.
  * out overlaps nothing else.
  */
 RF_CPU_API rf_cpu_status rf_cpu_linear(
     const void *x, const void *weight, const float *bias, const void *residual, void *out, int64_t M, int64_t N,
-    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int activation, int threads);
+    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int weight_dtype, int activation,
+    int threads);
 
 /* out = scale · ((s − mean) / √(var + eps) · weight + bias) of each row of s = x + y, which is kept in `sum`, rounded.
  *
  * x, y: (rows, D), values adjacent, stride_* from row to row; y and sum may both be null: then s = x.
- * weight, bias (or null): (D). sum, out: (rows, D), contiguous. All in `dtype`, the arithmetic is float32.
+ * weight, bias (or null): (D), in `weight_dtype`: `dtype`, or float32, then rounded to it. sum, out: (rows, D),
+ * contiguous. All else in `dtype`, the arithmetic is float32.
  */
 RF_CPU_API rf_cpu_status rf_cpu_layer_norm(
-    const void *x, const void *y, const void *weight, const void *bias, void *sum, void *out, int dtype, int64_t rows,
-    int64_t D, int64_t stride_x, int64_t stride_y, float eps, float scale, int threads);
+    const void *x, const void *y, const void *weight, const void *bias, void *sum, void *out, int dtype, int weight_dtype,
+    int64_t rows, int64_t D, int64_t stride_x, int64_t stride_y, float eps, float scale, int threads);
 
 /* softmax(q·kᵀ / √d)·v for each head of each image, in bfloat16.
  *
@@ -69,6 +71,33 @@ RF_CPU_API rf_cpu_status rf_cpu_layer_norm(
 RF_CPU_API rf_cpu_status rf_cpu_attention(
     const void *qkv, const int32_t *cu_seqlens, void *out, int64_t images, int64_t N, int64_t tokens, int64_t heads,
     int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads);
+
+/* A weight (out, in) and a bias, (out) float32 or null; or a LayerNorm's, (D) each, with its eps and scale. */
+typedef struct {
+    const void *weight, *bias;
+} rf_cpu_layer;
+typedef struct {
+    const void *weight, *bias;
+    double eps, scale;
+} rf_cpu_norm;
+
+/* A transformer block in bfloat16, and the next one's first norm:
+ *     s = x + proj(attention(qkv(norm1(x)))),  out = s + fc2(gelu(fc1(norm2(s)))),  out_normed = after(out).
+ *
+ * x, out, normed, out_normed: (images, N, D), contiguous, they overlap nothing. normed: norm1(x) if it is known, else null.
+ * out_normed: or null. workspace: of the caller, images · N · (max(3 · D, hidden) + 2 · D) values of bfloat16.
+ * Weights and the norms' parameters in `weight_dtype`, contiguous. D, hidden: multiples of 32. width, window: as for
+ * rf_cpu_attention. Every value is what the functions above give.
+ */
+typedef struct {
+    const void *x, *normed;
+    void *out, *out_normed, *workspace;
+    rf_cpu_norm norm1, norm2, after;
+    rf_cpu_layer qkv, proj, fc1, fc2;
+    int64_t images, N, D, heads, hidden, width, window, weight_dtype, threads;
+} rf_cpu_block_arguments;
+
+RF_CPU_API rf_cpu_status rf_cpu_block(const rf_cpu_block_arguments *block);
 
 #ifdef __cplusplus
 }

@@ -3,6 +3,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from radio_fast import ops
+from radio_fast.layers import cpu_block
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.mlp import Mlp, SwiGLU, add_norm, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
@@ -14,8 +15,8 @@ class Block(nn.Module):
 
     Blocks one after another, by `step`, take seven launches each: qkv, attention, proj and expand with its activation,
     contract, and the residual with the next norm in one pass, twice; or the residual in the product and the norm on its
-    own (`ops.linear_add_norm`). With `fuse_norm` the two norms move into the linear layers after them, and row
-    statistics take their place.
+    own (`ops.linear_add_norm`). On a CPU they are one call (`cpu_block`). With `fuse_norm` the two norms move into the
+    linear layers after them, and row statistics take their place.
     """
 
     fuse_norm = False
@@ -56,6 +57,9 @@ class Block(nn.Module):
 
         `normed`: norm1 of x, where the block before has made it.
         """
+        whole = cpu_block.step(self, x, normed, after, window)
+        if whole is not None:
+            return whole
         y = self.norm1(x) if normed is None else normed
         y = self.attn.mix(self.attn.qkv(y), window)
         x, y = add_norm(self.attn.proj, y, x, self.norm2)

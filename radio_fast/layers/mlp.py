@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from radio_fast import ops
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
+from radio_fast.ops.linear import rounds_weight
 
 
 def untouched(module: nn.Module | None, *kinds: type) -> bool:
@@ -35,7 +36,8 @@ class Linear(nn.Linear):
     """residual + act(x·weightᵀ + bias), in x's dtype.
 
     `.half()` and `.to(dtype)` leave the bias in float32: the kernels add it to float32 sums, and it is the part of a
-    model that costs nothing to keep. A weight of another dtype than x, as under autocast, is cast in every call.
+    model that costs nothing to keep. A weight of another dtype than x, as under autocast, is cast in every call;
+    on a CPU by the kernel, as it reads it.
     """
 
     backend = "auto"
@@ -53,7 +55,10 @@ class Linear(nn.Linear):
         return self
 
     def _weight(self, x: Tensor) -> Tensor:
-        return self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        weight = self.weight
+        if weight.dtype == x.dtype or rounds_weight(x, weight):
+            return weight
+        return weight.to(x.dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.linear(x, self._weight(x), self.bias, self.activation, residual, backend=self.backend)
@@ -68,8 +73,8 @@ class Linear(nn.Linear):
     def after_norm(self, x: Tensor, mean: Tensor, rstd: Tensor, norm: LayerNorm) -> Tensor:
         """act(norm(x)·weightᵀ + bias) in one, from the rows' statistics."""
         return ops.ln_linear(
-            x, mean, rstd, *norm.parameters_as(x.dtype), norm.scale, self._weight(x), self.bias, self.activation,
-            backend=self.backend,
+            x, mean, rstd, *norm.parameters_as(x.dtype), norm.scale, self.weight.to(x.dtype), self.bias,
+            self.activation, backend=self.backend,
         )  # fmt: skip
 
 

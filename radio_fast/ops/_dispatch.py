@@ -338,6 +338,21 @@ def cpu_limit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> str |
     return None
 
 
+def kernels_run_all(ops: tuple[Op, ...], tensors: tuple[Tensor, ...]) -> bool:
+    """Whether "auto" runs the CPU kernels of all `ops` on `tensors`, where shapes and dtypes allow."""
+    named = overrides()
+    return (
+        not (named and ("RADIO_FAST_BACKEND" in named or any(op.variable in named for op in ops)))
+        and all(t.is_cpu for t in tensors)
+        and not accelerated(tensors[0].device)
+        and native_cpu.why_not_native_cpu() is None
+        and _why_not_now(tensors) is None
+        and cpu_limit((tensors[0].dtype,), *tensors) is None
+        and not torch.compiler.is_compiling()
+        and torch_is_plain()
+    )
+
+
 def limit_of(first: Tensor, **others: Tensor | None) -> str | None:
     """What breaks the kernels' common limits: `first` is float16, bfloat16 or float32, the others are like it."""
     if first.dtype not in KERNEL_DTYPES:

@@ -96,7 +96,14 @@ def _limit(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         return f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}"
     if bias is not None and bias.dtype == torch.float32 and bias.device == x.device:
         bias = None  # of any dtype of x
-    return limit_of(x, weight=weight, bias=bias)
+    return limit_of(x, weight=None if rounds_weight(x, weight) else weight, bias=bias)
+
+
+def rounds_weight(x: Tensor, weight: Tensor) -> bool:
+    """Whether it is for the CPU kernel to round the weight, as it reads it."""
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.float32:
+        return False
+    return x.device.type == "cpu" == weight.device.type and not _dispatch.accelerated(x.device)
 
 
 def _cpu_limit(
@@ -126,7 +133,8 @@ def linear(
     """residual + layer_scale · act(x·weightᵀ + bias).
 
     Args:
-        x: (..., K), any strides. weight: (M, K). bias: (M), in x's dtype or float32, or None.
+        x: (..., K), any strides. weight: (M, K), in x's dtype; beside bfloat16 on the CPU also float32, rounded.
+        bias: (M), in x's dtype or float32, or None.
         activation: None; "gelu", the exact one, y·Φ(y) with erf; "silu", y·σ(y); "swiglu", silu(a)·b of the halves
             (a, b) of y.
         residual: (..., M') or None, M' = M, or M/2 for "swiglu". layer_scale: (M') or None.
@@ -149,7 +157,10 @@ def linear(
         cpu = (
             "LayerScale is not in it" if layer_scale is not None else _cpu_limit(x, weight, bias, activation, residual)
         )
-    return LINEAR(backend, args, {"triton": limit, "cpu": cpu})
+    limits = {"triton": limit, "cpu": cpu}
+    if rounds_weight(x, weight) and LINEAR.choose(backend, args, limits) != "cpu":
+        return linear(x, weight.to(x.dtype), *args[2:], backend=backend)
+    return LINEAR(backend, args, limits)
 
 
 def ln_linear(
@@ -220,7 +231,10 @@ def linear_add_norm(
             return _deferred(*args)  # each as it was named
     if backend not in ("auto", "reference"):
         return _deferred(*args, backend=backend)
-    return LINEAR_ADD_NORM(backend, args, {"cpu": None if x.dtype == torch.bfloat16 else "its product is bfloat16"})
+    limits = {"cpu": None if x.dtype == torch.bfloat16 else "its product is bfloat16"}
+    if rounds_weight(x, weight) and LINEAR_ADD_NORM.choose(backend, args, limits) != "cpu":
+        args = (x, weight.to(x.dtype), *args[2:])
+    return LINEAR_ADD_NORM(backend, args, limits)
 
 
 def linear_add_norm_ref(

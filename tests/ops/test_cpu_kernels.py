@@ -89,6 +89,22 @@ def test_linear_of_many_rows_in_blocks_of_them(threads):
     check_linear(random(700, 2048), random(64, 2048, seed=1) / 45, None)
 
 
+@pytest.mark.parametrize("N, K", [(1, 32), (33, 96), (96, 800), (70, 2048)])
+def test_linear_rounds_a_float32_weight_as_it_reads(N, K, monkeypatch, threads):
+    made = guarded(monkeypatch)
+    x, residual = random(206, K), random(206, N, seed=3)
+    block = torch.full((N + 2, K + 64), float("nan"))
+    block[1:-1, 32:-32] = random(N, K, seed=1, dtype=torch.float32) / K**0.5
+    weight = block[1:-1, 32:-32]
+    weight[0, :4] = torch.tensor([1.00390625, 1.01171875, -3.4e38, 1e-42])  # ties to even, to infinity, a denormal
+    x[:, 2] = torch.where(x[:, 2] == 0, 1, x[:, 2])
+    actual = native_cpu.linear(x, weight, None, "gelu", residual)
+    assert torch.equal(actual[:, 1:], native_cpu.linear(x, weight.to(BF16), None, "gelu", residual)[:, 1:])
+    plain, rounded = (native_cpu.linear(x, w, None, None, None) for w in (weight, weight.to(BF16)))
+    assert torch.equal(plain, rounded) and plain[:, 0].isinf().all()
+    assert_guarded(made[1:])
+
+
 def test_linear_with_an_outlier_channel():
     x = random(50, 256)
     x[:, 7] *= OUTLIER

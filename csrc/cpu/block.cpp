@@ -1,0 +1,38 @@
+/* A transformer block in one call: between seven of them the caller's own work finds the caches full of weights. */
+#include "cpu.h"
+
+rf_cpu_status rf_cpu_block(const rf_cpu_block_arguments *block) {
+    using namespace rf;
+    const rf_cpu_block_arguments &b = *block;
+    clear_error();
+    if (b.images < 0 || b.N < 0 || b.heads < 1 || b.D < 32 || b.D % 32 || b.D % b.heads || b.hidden < 32 || b.hidden % 32)
+        return fail(RF_CPU_BAD_ARGUMENT, "D and hidden must be multiples of 32, got %lld and %lld", (long long)b.D,
+                    (long long)b.hidden);
+    const int64_t rows = b.images * b.N, D = b.D;
+    const int dtype = static_cast<int>(b.weight_dtype), threads = static_cast<int>(b.threads);
+    // Below that the threads take longer to start than to work.
+    const int norm_threads = rows * D > 1 << 15 ? threads : 1;
+    // What is no longer needed makes room: norm1's result for s, qkv for the hidden values, the attention's for norm2's.
+    uint16_t *s = static_cast<uint16_t *>(b.workspace), *mixed = s + rows * D, *wide = mixed + rows * D;
+    auto norm = [&](const rf_cpu_norm &n, const void *x, void *out) {
+        return rf_cpu_layer_norm(x, nullptr, n.weight, n.bias, nullptr, out, RF_CPU_BFLOAT16, dtype, rows, D, D, 0,
+                                 static_cast<float>(n.eps), static_cast<float>(n.scale), norm_threads);
+    };
+    auto linear = [&](const rf_cpu_layer &l, const void *x, int64_t K, const void *residual, void *out, int64_t N, int act) {
+        return rf_cpu_linear(x, l.weight, static_cast<const float *>(l.bias), residual, out, rows, N, K, K, K, N, N, dtype,
+                             act, threads);
+    };
+    auto attention = [&] {
+        return rf_cpu_attention(wide, nullptr, mixed, b.images, b.N, rows, b.heads, D / b.heads, b.N * 3 * D, 3 * D,
+                                b.width, b.window, threads);
+    };
+    rf_cpu_status status = RF_CPU_OK;
+    auto done = [&](rf_cpu_status now) { return (status = now) == RF_CPU_OK; };
+    (b.normed || done(norm(b.norm1, b.x, s))) &&
+        done(linear(b.qkv, b.normed ? b.normed : s, D, nullptr, wide, 3 * D, RF_CPU_NONE)) && done(attention()) &&
+        done(linear(b.proj, mixed, D, b.x, s, D, RF_CPU_NONE)) && done(norm(b.norm2, s, mixed)) &&
+        done(linear(b.fc1, mixed, D, nullptr, wide, b.hidden, RF_CPU_GELU)) &&
+        done(linear(b.fc2, wide, b.hidden, s, b.out, D, RF_CPU_NONE)) &&
+        (!b.out_normed || done(norm(b.after, b.out, b.out_normed)));
+    return status;
+}

@@ -1,0 +1,158 @@
+"""A block in one call: the values of its parts, and when the parts are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from radio_fast import native_cpu
+from radio_fast.layers import cpu_block
+from radio_fast.layers.attention import Attention
+from radio_fast.layers.block import Block
+from radio_fast.layers.mlp import Mlp, SwiGLU
+from radio_fast.layers.norm import DynamicTanh, LayerNorm
+
+REASON = native_cpu.why_not_native_cpu()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+BF16 = torch.bfloat16
+D = 96
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The library's entries that are called."""
+    made, call = [], native_cpu._call
+    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
+    return made
+
+
+def make(dtype: torch.dtype = BF16, mlp: nn.Module | None = None, qkv_bias: bool = True) -> tuple[Block, LayerNorm]:
+    torch.manual_seed(0)
+    block = Block(LayerNorm(D, scale=0.5), Attention(D, 3, qkv_bias), LayerNorm(D, 1e-3), mlp or Mlp(D, 160))
+    after = LayerNorm(D, 1e-5, 0.25)
+    for parameter in (*block.parameters(), *after.parameters()):
+        parameter.data += torch.randn_like(parameter) / 4
+    return block.to(dtype).requires_grad_(False), after.to(dtype).requires_grad_(False)
+
+
+def by_parts(block, x, normed, after, window, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_block, "step", lambda *args: None)
+        return block.step(x, normed, after, window)
+
+
+@pytest.mark.parametrize("dtype", (BF16, torch.float32), ids=str)
+@pytest.mark.parametrize("known, wanted", [(False, True), (True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("B, window", [(1, None), (3, None), (2, (4, 6, 2))])
+def test_the_values_of_its_parts(dtype, known, wanted, B, window, calls, monkeypatch):
+    """Also with float32 weights, which the kernel rounds, and with x and what is known of it strided."""
+    block, after = make(dtype, qkv_bias=B == 1)
+    x = torch.randn(B, 25, D).to(BF16)[:, : 24 if window else 25]
+    normed = torch.randn(B, 50, D).to(BF16)[:, : 2 * x.shape[1] : 2] if known else None
+    expected = by_parts(block, x, normed, after if wanted else None, window, monkeypatch)
+    calls.clear()
+    out, out_normed = block.step(x, normed, after if wanted else None, window)
+    assert calls == ["rf_cpu_block"]
+    assert torch.equal(out, expected[0]) and (out_normed is None) == (not wanted)
+    assert not wanted or torch.equal(out_normed, expected[1])
+
+
+def test_nothing_is_written_outside(monkeypatch):
+    made = []
+
+    def new_empty(self, shape):
+        size = torch.Size(shape if isinstance(shape, tuple) else (shape,)).numel()
+        whole = torch.full((size + 256,), float("nan"), dtype=self.dtype)
+        made.append((whole, size))
+        return whole[128 : 128 + size].view(shape)
+
+    block, after = make()
+    x = torch.randn(2, 33, D).to(BF16)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    results = cpu_block.step(block, x, None, after, None)
+    assert len(made) == 3 and not any(t.isnan().any() for t in results)
+    for whole, size in made:
+        assert whole[:128].isnan().all() and whole[128 + size :].isnan().all()
+
+
+def test_an_empty_batch(calls):
+    block, after = make()
+    out, normed = block.step(torch.empty(0, 5, D, dtype=BF16), None, after)
+    assert out.shape == normed.shape == (0, 5, D) and not calls
+
+
+CHANGES = {
+    "a hook": lambda block, after: block.mlp.fc2.register_forward_hook(lambda *args: None),
+    "a hook on the norm": lambda block, after: block.norm2.register_forward_pre_hook(lambda *args: None),
+    "a patched layer": lambda block, after: setattr(block.attn.qkv, "forward", block.attn.qkv.forward),
+    "a wrapped layer": lambda block, after: setattr(block.attn, "proj", nn.Sequential(block.attn.proj)),
+    "another backend": lambda block, after: setattr(block.attn, "backend", "reference"),
+    "another activation": lambda block, after: setattr(block.mlp.fc1, "activation", None),
+    "another norm": lambda block, after: setattr(block, "norm1", DynamicTanh(D)),
+    "a norm inside": lambda block, after: setattr(block.mlp, "norm", LayerNorm(160).to(BF16)),
+    "another mlp": lambda block, after: setattr(block, "mlp", SwiGLU(D, 64).to(BF16)),
+    "mixed weights": lambda block, after: block.mlp.fc1.float(),
+    "strided weights": lambda block, after: setattr(
+        block.mlp.fc1, "weight", nn.Parameter(block.mlp.fc1.weight.T.contiguous().T, False)
+    ),
+    "a pruned layer": lambda block, after: setattr(
+        block.mlp, "fc1", type(block.mlp.fc1)(D, 152, activation="gelu").to(BF16)
+    ) or setattr(block.mlp, "fc2", type(block.mlp.fc2)(152, D).to(BF16)),
+    "heads too small": lambda block, after: setattr(block.attn, "num_heads", 12),
+    "gradients": lambda block, after: block.attn.proj.weight.requires_grad_(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_otherwise_its_parts_are_called(change, calls, monkeypatch):
+    block, after = make()
+    CHANGES[change](block, after)
+    x = torch.randn(1, 20, D).to(BF16)
+    expected = by_parts(block, x, None, after, None, monkeypatch)
+    calls.clear()
+    out, _ = block.step(x, None, after)
+    assert "rf_cpu_block" not in calls and torch.equal(out, expected[0])
+
+
+@pytest.mark.parametrize("name", ("BACKEND", "LINEAR", "LINEAR_ADD_NORM", "LAYER_NORM", "ATTENTION"))
+def test_the_environment_names_its_parts(name, calls, monkeypatch):
+    block, after = make()
+    monkeypatch.setenv(f"RADIO_FAST_{name}", "reference")
+    block.step(torch.randn(1, 20, D).to(BF16), None, after)
+    assert "rf_cpu_block" not in calls
+
+
+def test_whoever_hooks_all_modules_sees_them(calls):
+    block, after = make()
+    seen = []
+    with torch.no_grad():
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+        block.step(torch.randn(1, 20, D).to(BF16), None, after)
+        handle.remove()
+    assert block.attn.qkv in seen and "rf_cpu_block" not in calls
+
+
+def test_what_traces_sees_plain_torch(calls):
+    block, _ = make()
+    x = torch.randn(1, 20, D).to(BF16)
+    exported = torch.export.export(block, (x,))
+    torch.vmap(block, in_dims=0)(x.unsqueeze(0))
+    with torch.autocast("cpu", BF16):
+        block(x)
+    assert not [node for node in exported.graph.nodes if "radio_fast" in str(node.target)] and not calls
+
+
+def test_a_tensor_of_another_kind(calls):
+    class Wrapped(torch.Tensor):
+        pass
+
+    block, _ = make()
+    block(torch.randn(1, 20, D).to(BF16).as_subclass(Wrapped))
+    block.mlp.fc2.weight = nn.Parameter(block.mlp.fc2.weight.as_subclass(Wrapped), False)
+    block(torch.randn(1, 20, D).to(BF16))
+    assert "rf_cpu_block" not in calls
+    for window in ((4, 5, 3), (3, 5, 1), 7):
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            make()[0].step(torch.randn(1, 20, D).to(BF16), None, None, window)
