@@ -33,7 +33,9 @@ def step(
     """`Block.step`, to the bit; None where its parts have to be called: any of them is not as it was made, or another
     implementation runs it, or it is not for the kernel.
     """
-    if x.dtype != torch.bfloat16 or x.ndim != 3 or not (window is None or isinstance(window, tuple)):
+    if x.dtype != torch.bfloat16 or x.ndim != 3:
+        return None
+    if window is not None and type(window) is not tuple:  # packed images, or a map's windows
         return None
     attn, mlp = block.attn, block.mlp
     if not (untouched(attn, Attention) and untouched(mlp, Mlp)) or mlp.norm is not None or _has_any_global_hook():
