@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from radio_fast import native
+from radio_fast import native, native_cpu
 from radio_fast.ops._dispatch import OPS, why_not_triton
 from radio_fast.ops._providers import PACKAGES, why_not_import
 from radio_fast.paths import default_cache_dir
@@ -77,6 +77,11 @@ def _cuda_extension() -> Finding:
     return Finding("CUDA extension", True, f"kernels for {native.library().architectures.replace(' ', ', ')}")
 
 
+def _cpu_kernels() -> Finding:
+    reason = native_cpu.why_not_native_cpu()
+    return Finding("CPU kernels", None if reason else True, reason or "AMX, for models in bfloat16")
+
+
 def _triton_backend() -> Finding:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dots, rows = (why_not_triton(device, needs_dot=needs_dot) for needs_dot in (True, False))
@@ -120,5 +125,6 @@ def examine() -> list[Finding]:
         Finding("backend reference", torch_ok, "plain PyTorch, on any device that torch has"),
         _triton_backend(),
         _cuda_extension(),
+        _cpu_kernels(),
         Finding("cache", True, str(default_cache_dir())),
     ]

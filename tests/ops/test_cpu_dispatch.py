@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import radio_fast
-from radio_fast import native_cpu, ops
+from radio_fast import doctor, native_cpu, ops
 from radio_fast.ops import _dispatch
 from tests.conftest import golden_source
 from tests.numerics import assert_tokens
@@ -223,3 +223,8 @@ def test_a_profile_shows_them(x, calls):
     seen = {event.key for event in profiler.key_averages()}
     names = ("linear_cpu", "layer_norm_cpu", "add_layer_norm_cpu", "attention_cpu")
     assert seen >= {f"radio_fast::{name}" for name in names} and calls
+
+
+def test_doctor_says_whether_they_run(without_amx):
+    [line] = [finding for finding in doctor.examine() if finding.name == "CPU kernels"]
+    assert line.ok is None and line.detail == "ONEDNN_MAX_CPU_ISA=AVX512_CORE takes AMX away"
