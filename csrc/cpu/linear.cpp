@@ -66,17 +66,14 @@ struct Ahead {
 /* Rows of the weight, `steps` × 32 columns of them → bfloat16 tiles: 32 rows of 64 bytes for each step.
  * Rows that are not there stay what they are: nothing of theirs is stored. */
 void round_panel(const Problem &p, const char *from, int64_t rows, int64_t steps, char *tiles) {
-    for (int64_t row = 0; row < rows; row++, from += p.stride_w * p.value) {
-        char *to = tiles + 64 * row;
-        for (int64_t step = 0; step < steps; step++, to += 2 * TILE) {
-            __m512i values;
-            if (p.value == 4) {
-                const float *at = (const float *)from + 32 * step;
-                values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(at + 16), _mm512_loadu_ps(at));
-            } else {
-                values = _mm512_loadu_si512(from + 64 * step);
-            }
-            _mm512_store_si512(to, values);
+    const int64_t stride = p.stride_w * p.value;
+    for (int64_t step = 0; step < steps; step++, from += 32 * p.value, tiles += 2 * TILE) {
+        for (int64_t row = 0; row < rows; row++) {
+            const char *at = from + row * stride;
+            __m512i values = _mm512_loadu_si512(at);
+            if (p.value == 4)
+                values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(at + 64), (__m512)values);
+            _mm512_store_si512(tiles + 64 * row, values);
         }
     }
     order_memory();
@@ -272,6 +269,8 @@ rf_cpu_status launch(Problem &p, int threads) {
     int64_t tiles = (p.M + 15) / 16, most = X_BYTES / (p.steps * TILE) > 2 ? X_BYTES / (p.steps * TILE) : 2;
     p.blocks = (tiles + most - 1) / most;
     std::atomic<int64_t> packed{0};
+    // Two blocks read the weight twice: where that is most of the time, a fuller L2 costs less.
+    if ((threads == 1 || p.value == 4) && p.blocks == 2 && tiles * p.steps * TILE <= X_BYTES / 2 * 3) p.blocks = 1;
     if (p.blocks < 2 || p.blocks < threads) {
         p.blocks = 1, p.block_tiles = tiles;
         p.ready = &packed;

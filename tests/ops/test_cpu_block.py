@@ -94,6 +94,9 @@ CHANGES = {
     "a norm inside": lambda block, after: setattr(block.mlp, "norm", LayerNorm(160).to(BF16)),
     "another mlp": lambda block, after: setattr(block, "mlp", SwiGLU(D, 64).to(BF16)),
     "mixed weights": lambda block, after: block.mlp.fc1.float(),
+    "a bias of another dtype": lambda block, after: setattr(
+        block.attn.proj, "bias", nn.Parameter(block.attn.proj.bias.to(BF16), False)
+    ),
     "strided weights": lambda block, after: setattr(
         block.mlp.fc1, "weight", nn.Parameter(block.mlp.fc1.weight.T.contiguous().T, False)
     ),
