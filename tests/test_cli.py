@@ -148,15 +148,29 @@ def test_embed_of_an_empty_folder_and_without_weights(tmp_path, photos):
     assert "can't be reached" in done.stderr and "checkpoint=PATH" in done.stderr
 
 
+# The command, whose third image takes as long to read as somebody keeps the pipe beside it open.
+STUCK = """
+import sys
+from radio_fast import cli
+pipe, read = sys.argv.pop(1), cli.read_image
+def stuck(path):
+    if path.name == "c.webp":
+        open(pipe).read()
+    return read(path)
+cli.read_image = stuck
+cli.main()
+"""
+
+
 def test_interrupted_embed_keeps_what_is_done(photos, tmp_path):
     """Ctrl-C in the middle: a readable file with the images before, exit code 130."""
-    pipe = tmp_path / "pipe.png"
+    pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     out = tmp_path / "out.npz"
-    paths = (photos / "a.jpg", photos / "b.png", pipe, photos / "deeper" / "c.webp")
-    args = command("embed", *paths, "-o", out, "--version", CHECKPOINT, "--resolution", "64", "--batch-size", "1")
+    paths = (photos / "a.jpg", photos / "b.png", photos / "deeper" / "c.webp")
+    args = ("embed", *paths, "-o", out, "--version", CHECKPOINT, "--resolution", "64", "--batch-size", "1")
     process = subprocess.Popen(
-        args,
+        [sys.executable, "-c", STUCK, str(pipe), *map(str, args)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

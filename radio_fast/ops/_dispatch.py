@@ -339,7 +339,9 @@ def cpu_limit(dtypes: tuple[torch.dtype, ...], *tensors: Tensor | None) -> str |
 
 
 def kernels_run_all(ops: tuple[Op, ...], tensors: tuple[Tensor, ...]) -> bool:
-    """Whether "auto" runs the CPU kernels of all `ops` on `tensors`, where shapes and dtypes allow."""
+    """Whether "auto" runs the CPU kernels of all `ops` on `tensors`, where shapes and dtypes allow, and nobody looks
+    which ops there are.
+    """
     named = overrides()
     return (
         not (named and ("RADIO_FAST_BACKEND" in named or any(op.variable in named for op in ops)))
@@ -348,7 +350,7 @@ def kernels_run_all(ops: tuple[Op, ...], tensors: tuple[Tensor, ...]) -> bool:
         and native_cpu.why_not_native_cpu() is None
         and _why_not_now(tensors) is None
         and cpu_limit((tensors[0].dtype,), *tensors) is None
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled())
         and torch_is_plain()
     )
 

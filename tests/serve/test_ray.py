@@ -180,7 +180,15 @@ def test_a_worker_killed_in_the_middle_of_a_file(cluster, model, held, tmp_path)
     assert not leftovers(output)
 
 
-def test_an_interrupted_job_goes_on_with_what_is_missing(cluster, model, held, tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """A shell's background jobs ignore Ctrl-C, and so would the tests in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_job_goes_on_with_what_is_missing(cluster, model, held, ctrl_c, tmp_path):
     images, output = tmp_path / "images", tmp_path / "output"
     fill(images, 40)
     main = threading.main_thread().ident
