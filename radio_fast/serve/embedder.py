@@ -177,6 +177,14 @@ class Embedder:
     def metrics(self) -> Metrics:
         return self._engine.metrics
 
+    def check_room(self) -> None:
+        """For those whose images cost something to have: `submit` would raise the same.
+
+        Raises:
+            QueueFull, EmbedderClosed.
+        """
+        self._engine.check_room()
+
     def submit(
         self, image: Any, *, deadline: float | None = None, features: bool = False, resolution: ResolutionLike = None
     ) -> Future[Embedding]:

@@ -17,6 +17,7 @@ from radio_fast.serve.service import Service
 # Whoever can connect may see these; every other path, one that there is not too, wants the key.
 OPEN = frozenset({"/", "/page.js", "/page.css", "/docs", "/docs.js", "/openapi.json", "/health/live", "/health/ready"})
 METRICS = "/metrics"
+EMBEDS = frozenset({"/embed", "/v1/embeddings"})
 BODY_SECONDS = 60.0  # in which a body has to arrive
 # An answer has to leave in this time, and more by its size: memory is held until it has.
 ANSWER_SECONDS = 60.0
@@ -94,6 +95,8 @@ class Gate:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
             raise self.too_large()
+        if path in EMBEDS:  # at overload most requests end here: reading one costs more than its answer
+            self.service.check_room()
 
     def too_large(self) -> ApiError:
         return ApiError(413, "body_too_large", f"the request is larger than {self.max_body_bytes} bytes")

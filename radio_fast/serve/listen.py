@@ -9,11 +9,35 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from radio_fast.serve.service import Service
 
+HEAD_BYTES = 2**16  # of a request's line and headers, and what a read brings at once
 GRACE_SECONDS = 5  # for the last bytes of answers
 UNREAD_SECONDS = 60  # those that the client's machine has not taken by then are dropped
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's with the parser in C, and the bound on headers and trailers its other one has: that one, in Python,
+    takes longer over a request that is refused than all the rest does.
+    """
+
+    _held = 0  # bytes since the request's beginning, or a part of its body
+
+    def data_received(self, data: bytes) -> None:
+        self._held += len(data)
+        super().data_received(data)
+        if self._held > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The request's headers are too long.")
+
+    def on_message_begin(self) -> None:
+        self._held = 0
+        super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        self._held = 0
+        super().on_body(body)
 
 
 class Server(uvicorn.Server):
@@ -22,10 +46,9 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, *, drain_seconds: float):
-        # h11 in place of what happens to be installed: its limits are the ones that were tried. No forwarded headers:
-        # nothing here depends on a client's address.
+        # No forwarded headers: nothing here depends on a client's address.
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
+            app, http=Protocol, ws="none", lifespan="on", log_config=None, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )  # fmt: skip
         super().__init__(config)

@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from radio_fast.serve.embedder import Embedder
 from radio_fast.serve.errors import ApiError, api_error, client_gone
-from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding
+from radio_fast.serve.types import DeadlineExceeded, EmbedderClosed, Embedding, QueueFull
 
 logger = logging.getLogger("radio_fast")
 
@@ -86,6 +86,13 @@ class Service:
         if self._embedder is None:
             raise ApiError(503, "not_ready", self.why_not_ready or "not ready", retry_after=1)
         return self._embedder
+
+    def check_room(self) -> None:
+        """Raises ApiError: 429 while no image would be taken, 503 until one would be."""
+        try:
+            self.embedder.check_room()
+        except (QueueFull, EmbedderClosed) as error:
+            raise _answer(error, 0) from error
 
     @property
     def outputs(self) -> tuple[str, ...]:

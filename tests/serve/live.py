@@ -84,6 +84,7 @@ class Scripted:
     max_queue = 4
     max_tokens = 1024
     closed = False
+    refusal: Exception | None = None  # of `check_room`
     model = SimpleNamespace(adaptors={}, patch_size=16, summary_dim=4)
 
     def __init__(self, script=None):
@@ -97,6 +98,10 @@ class Scripted:
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         self.closed = True
+
+    def check_room(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
 
     def submit(self, image, **options) -> Future:
         future: Future = Future()

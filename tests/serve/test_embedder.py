@@ -192,7 +192,9 @@ def test_queue_full_at_once_and_room_again():
         with pytest.raises(QueueFull, match="3 images are waiting") as raised:
             embedder.submit(numbered(9))
         assert raised.value.retry_after == 0.05, "no image has been timed yet"
-        assert embedder.metrics.snapshot().rejected == {"queue_full": 1}
+        with pytest.raises(QueueFull, match="3 images are waiting"):
+            embedder.check_room()
+        assert embedder.metrics.snapshot().rejected == {"queue_full": 2}
         embedder._engine._pace = 2.0
         with pytest.raises(QueueFull) as raised:
             embedder.submit(object())

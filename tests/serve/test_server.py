@@ -418,6 +418,42 @@ def test_a_body_that_arrives_byte_by_byte(server, monkeypatch):
             thread.join()
 
 
+CHUNKED = (
+    b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"GET /", b"GET / HTTP/1.1\r\nHost: x\r\nX: ", CHUNKED + b"1\r\n-\r\n0\r\nX: "],
+    ids=["address", "header", "trailer"],
+)
+@pytest.mark.parametrize("endless", [b"a" * 1000, b"a\r\nX: " * 200], ids=["one", "many"])
+def test_headers_without_an_end(start, endless):
+    """Refused, and no longer kept, after some 100 kB."""
+    with serving(Scripted()) as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+            connection.sendall(start)
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 2**24:
+                    connection.sendall(endless)
+                    sent += len(endless)
+            assert sent < 2**24, "16 MB were taken"
+        until(lambda: not running.server.server_state.connections)
+        assert httpx.get(f"{running.url}/health/live").status_code == 200
+
+
+def test_long_headers_and_many_small_chunks_are_taken():
+    with serving(Scripted(lambda number: result())) as running:
+        assert httpx.get(f"{running.url}/health/live", headers={"X": "a" * 60_000}).status_code == 200
+        body = part("images", b"x" * 50_000) + b"--X--\r\n"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+            connection.sendall(CHUNKED + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+
+
 def test_all_bodies_together_are_limited():
     embedder = Scripted()
     with serving(embedder, max_body_bytes=1000) as running:
@@ -442,6 +478,35 @@ def test_all_bodies_together_are_limited():
             connection.close()
         until(lambda: running.app.state.service.requests == 0)
         assert httpx.post(**small, headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
+@pytest.mark.parametrize(
+    "refusal, status, code",
+    [(QueueFull("full", 2.3), 429, "queue_full"), (EmbedderClosed("closed"), 503, "shutting_down")],
+)
+def test_without_room_a_body_is_not_waited_for(path, refusal, status, code):
+    """And the connection serves the next request, once the refused one's body has gone by."""
+    embedder = Scripted(lambda number: result())
+    with (
+        serving(embedder) as running,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, 30)) as one,
+    ):
+        embedder.refusal = refusal
+        body = part("images", b"x") + b"--X--\r\n"
+        for _ in range(2):
+            one.putrequest("POST", path)
+            one.putheader("Content-Type", "multipart/form-data; boundary=X")
+            one.putheader("Content-Length", str(len(body)))
+            one.endheaders()
+            answer = one.getresponse()
+            assert answer.status == status and json.loads(answer.read())["error"]["code"] == code
+            assert answer.headers["Retry-After"] == ("3" if status == 429 else "1")
+            one.send(body)
+        embedder.refusal = None
+        one.request("POST", "/embed", body, {"Content-Type": "multipart/form-data; boundary=X"})
+        assert one.getresponse().status == 200
+        assert len(embedder.futures) == 1 and httpx.get(f"{running.url}/v1/models").status_code == 200
 
 
 def test_json_of_many_items_is_refused_before_it_is_parsed(client, monkeypatch):
