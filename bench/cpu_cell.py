@@ -71,7 +71,7 @@ def matmuls(side: int) -> dict[str, Callable[[], Tensor]]:
 
 
 def in_turn(calls: dict[str, Callable], first_s: dict[str, float], seconds: float) -> dict[str, dict[str, float]]:
-    """{contender: median, quartiles in ms and how many calls they are of}: rounds of all in turn, about `seconds` in all.
+    """{contender: median and quartiles in ms, of how many calls}: rounds of all in turn, about `seconds` in all.
 
     `first_s`: seconds of the call that each has made, in turn too. Of a long one it counts as the first round.
     """
@@ -165,8 +165,8 @@ class Cell:
 def measure(case: Case, seconds: float, tiny: bool = False) -> dict:
     """What the JSON has of a cell.
 
-    times_ms, calls (how many were timed), alone_ms, cosine (of the worst token with official float32), left_out: by contender. flop: of a
-    call. matmul_tflops: {dtype: the rate of a large product, timed in the same rounds}.
+    times_ms, calls (how many were timed), alone_ms, cosine (of the worst token with official float32) and left_out are
+    by contender. flop: of a call. matmul_tflops: {dtype: the rate of a large product, timed in the same rounds}.
     """
     with torch.inference_mode():
         cell = Cell(case, tiny)

@@ -39,8 +39,8 @@ def panel(axes: Axes, name: str, info: dict) -> None:
     axes.set_xlim(left=0)
     axes.tick_params(axis="x", labelsize=7.5)
     best, ours = best_peer(info), info["times_ms"].get(OURS["bfloat16"])
-    lead = f", {best[1] / ours:.2f}× the best peer" if best and ours and right(info, OURS["bfloat16"]) else ""
-    axes.set_title(f"{name}{lead}")
+    lead = f": {best[1] / ours:.2f}×" if best and ours and right(info, OURS["bfloat16"]) else ""
+    axes.set_title(f"{name}{lead}", fontsize=9.5, loc="left")
 
 
 def draw(report: dict, path: Path) -> bool:
@@ -52,7 +52,7 @@ def draw(report: dict, path: Path) -> bool:
     columns = min(4, len(cells))
     rows = -(-len(cells) // columns)
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(rows, columns, figsize=(3.9 * columns, 0.9 + 2.5 * rows), squeeze=False)
+        figure, panels = plt.subplots(rows, columns, figsize=(max(6.4, 4.2 * columns), 0.9 + 2.5 * rows), squeeze=False)
         for axes, (name, info) in zip(panels.flat, cells, strict=False):
             panel(axes, name, info)
         for axes in panels.flat[len(cells) :]:
@@ -60,12 +60,13 @@ def draw(report: dict, path: Path) -> bool:
         for axes in panels[-1]:
             axes.set_xlabel("ms a call", fontsize=8)
         figure.suptitle("Whole models on a CPU: milliseconds a call, shorter is better", fontsize=12, weight="bold")
-        note = "In the titles: radio_fast bfloat16 against the best peer of any precision. "
+        note = "In the titles: the best peer's time, of any precision, over that of radio_fast bfloat16. "
         if any(not right(info, contender) for _, info in cells for contender in info["times_ms"]):
             note += "† and hatched: wrong numbers, counts as no peer. "
         text = textwrap.fill(note + where(report), int(figure.get_figwidth() * 18))
         inch = 1 / figure.get_figheight()
-        figure.tight_layout(rect=(0, (0.18 + 0.13 * len(text.splitlines())) * inch, 1, 1 - 0.05 * inch))
+        low = (0.18 + 0.13 * len(text.splitlines())) * inch
+        figure.tight_layout(rect=(0, low, 1, 1 - 0.05 * inch), w_pad=2.5)
         figure.text(0.01, 0.06 * inch, text, fontsize=7, color="#555555", va="bottom")
         figure.savefig(path)
         plt.close(figure)

@@ -74,9 +74,13 @@ def rss_bound(info: dict) -> float:
 
 
 def _leads(report: dict, dtype: str, other: Callable[[dict], tuple[str, float] | None]) -> dict[str, Value]:
-    """A cell in which ours was not built counts for nothing, one in which it is wrong as failed."""
-    found = {name: i for name, i in cases(report, "times_ms").items() if OURS[dtype] in i["times_ms"] and other(i)}
-    return {name: lead(info, dtype, other(info)) for name, info in found.items()}
+    """Cells in which load() refuses the dtype do not count, nor those without another to compare; a failure is None."""
+    out = {}
+    for name, info in cases(report, "times_ms").items():
+        refused = info["left_out"].get(OURS[dtype], "").startswith("ValueError: dtype")
+        if not refused and other(info) is not None:
+            out[name] = lead(info, dtype, other(info))
+    return out
 
 
 def _contender(name: str, info: dict) -> tuple[str, float] | None:
@@ -100,7 +104,7 @@ TARGETS = (
            lambda r: _leads(r, "float32", lambda info: best_peer(info, ("float32",)))),
     Target("int8: speed over our bfloat16", 1.5, len(CELLS),
            lambda r: _leads(r, "int8", partial(_contender, OURS["bfloat16"]))),
-    Target("int8: cosine of the worst token", INT8_COSINE, len(CELLS), _cosines, unit=""),
+    Target("int8: cosine of the worst token", INT8_COSINE, len(CELLS), _cosines, unit="", digits=4),
     Target(f"peak resident memory over weights + {RSS_FACTOR} × activations", 1.0, len(BYTES) * len(CELLS), _rss,
            at_most=True),
 )  # fmt: skip
@@ -199,7 +203,7 @@ def markdown(report: dict, chart: str | None = None) -> str:
         f"{where(report)}. Random weights, medians of interleaved rounds, a process a",
     ]
     lines += ["cell; every output held against official float32 before it is timed.", ""]
-    lines += [f"![times over radio_fast's bfloat16]({chart})", ""] if chart else []
+    lines += [f"![milliseconds a call]({chart})", ""] if chart else []
     lines += ["## Targets", "", *targets_table(report, TARGETS)]
     if cells:
         lines += ["", "## Times", "", *times_table(cells), "", *leads_table(cells)]

@@ -79,7 +79,8 @@ def by_model(cases: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 def shown(outcome: Outcome, value: float | None) -> str:
-    return "failed" if value is None else f"{value:.2f}{' ' * bool(outcome.target.unit)}{outcome.target.unit}"
+    unit = f" {outcome.target.unit}".rstrip()
+    return "failed" if value is None else f"{value:.{outcome.target.digits}f}{unit}"
 
 
 def targets_table(data: dict, targets: tuple[Target, ...] = TARGETS) -> list[str]:

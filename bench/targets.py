@@ -19,6 +19,7 @@ class Target(NamedTuple):
     values: Callable[[dict], dict[str, Value]]
     at_most: bool = False
     unit: str = "×"
+    digits: int = 2  # of the values, behind the point
 
 
 class Outcome(NamedTuple):

@@ -20,6 +20,7 @@ from bench.cpu_table import (
     BYTES,
     CELLS,
     CONTENDERS,
+    MORE_CELLS,
     OURS,
     TARGETS,
     alone_table,
@@ -44,8 +45,9 @@ def made_up() -> dict:
     results = []
     for case in CELLS:
         info = case._asdict() | {
-            "flop": 10**10, "times_ms": dict(TIMES), "calls": dict.fromkeys(CONTENDERS, 3), "alone_ms": dict(TIMES), "left_out": {},
-            "cosine": dict.fromkeys(CONTENDERS, 0.9995), "speedup_over_best_rival": 1.25,
+            "flop": 10**10, "times_ms": dict(TIMES), "calls": dict.fromkeys(CONTENDERS, 3), "alone_ms": dict(TIMES),
+            "left_out": {},
+            "cosine": dict.fromkeys(CONTENDERS, 0.9995), 
             "matmul_tflops": {"float32": 0.2, "bfloat16": 1.0, "int8": 2.0},
         }  # fmt: skip
         results.append({"name": f"test_forward[{case.id}]", "extra_info": info})
@@ -75,7 +77,8 @@ def test_cells_are_the_issues():
     wanted = {
         (model, side, batch) for model in ("ViT-B", "ViT-L", "E-RADIO") for side in (224, 512) for batch in (1, 8)
     }
-    assert set(CELLS) == wanted and len(CELLS) == len(wanted)
+    assert {*CELLS, *MORE_CELLS} == wanted and len(CELLS) + len(MORE_CELLS) == len(wanted)
+    assert {case for case in wanted if case[0] != "E-RADIO" or case[2] == 1} == set(CELLS)
 
 
 def test_every_target_met():
@@ -125,6 +128,17 @@ def test_ours_wrong_misses(dtype, cosine):
     missed = [text for text, found in status(report).items() if found == "missed"]
     assert missed and all(text.startswith(dtype) for text in missed)
     assert "failed (ViT-B-224px-b1)" in markdown(report)
+
+
+def test_ours_that_fails_misses():
+    report = made_up()
+    info = cell(report)
+    for part in ("times_ms", "cosine", "alone_ms"):
+        del info[part][OURS["bfloat16"]]
+    info["left_out"][OURS["bfloat16"]] = "RuntimeError: out of luck"
+    missed = [text for text, found in status(report).items() if found == "missed"]
+    assert missed == [target.text for target in TARGETS[:2]]
+    assert "- radio_fast bfloat16 (ViT-B-224px-b1): RuntimeError: out of luck" in markdown(report)
 
 
 def test_int8_left_out_is_told():
@@ -182,6 +196,18 @@ def test_chart(tmp_path):
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     assert not draw(report | {"benchmarks": []}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_parts_are_merged(tmp_path):
+    """Of a run in two parts one file, and the table of that."""
+    whole, files = made_up(), [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "cpu.json"]
+    for file, part in zip(files, (whole["benchmarks"][:9], whole["benchmarks"][9:]), strict=False):
+        file.write_text(json.dumps(whole | {"benchmarks": part}))
+    for command in (["bench.table", "--merge", files[2], *files[:2]], ["bench.cpu_table", files[2]]):
+        subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
+    assert json.loads(files[2].read_text()) == whole
+    assert files[2].with_suffix(".md").read_text() == markdown(whole, "cpu.png")
+    assert files[2].with_suffix(".png").exists()
 
 
 def test_readme_takes_the_file(tmp_path):
