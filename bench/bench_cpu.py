@@ -30,7 +30,7 @@ from bench.workload import Case
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--tiny"] * (os.environ.get("RADIO_FAST_BENCH") == "tiny")
 SELECTED = (*CELLS, *MORE_CELLS) if FULL else CELLS
-SECONDS = 10.0  # of a cell's rounds; as few as there must be may take longer
+SECONDS = 15.0  # of a cell's rounds; as few as there must be may take longer
 
 
 @pytest.fixture(scope="module")
