@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,18 +229,26 @@ def test_vit_activations():
 
 
 def test_eradio_activations():
-    """The released model's largest part is its first C2f: 3 bottlenecks, width 96, a quarter of the sides."""
-    small = rivals.load_ours("E-RADIO", "cpu", tiny=True).model.spec
-    first, last = small.levels[0], small.levels[-1]
-    assert eradio_activations(small, 256) == max(
-        64 * 64 * 2 * (2 + len(first.c2f)) * first.c2f_width,
-        128 * 128 * small.stem[0].out_channels + 64 * 64 * small.stem[1].out_channels,
-        16 * 16 * small.levels[2].dim + 8 * 8 * (3 * last.dim + last.chains[0][0].mlp_hidden),
-        16 * 16 * small.levels[2].dim + 8 * 8 * last.dim + 16 * 16 * (2 * last.dim + small.embed_dim),
-    )
-    assert activations(small, Case("E-RADIO", 64, 2), "bfloat16") == 2 * (
-        4 * 3 * 64 * 64 + 2 * eradio_activations(small, 64)
-    )
+    """A made-up model at 64 pixels, by hand: levels of 16 × 16 and 8 × 8 positions, the neck takes both."""
+
+    def spec(stem: int = 1, c2f: int = 1, dim: int = 1, hidden: int = 1, features: int = 1) -> SimpleNamespace:
+        convs = SimpleNamespace(dim=3, chains=(), c2f=((), (), ()), c2f_width=c2f)
+        attention = SimpleNamespace(dim=dim, chains=((SimpleNamespace(dim=dim, mlp_hidden=hidden),),), c2f_width=0)
+        stems = (SimpleNamespace(out_channels=stem), SimpleNamespace(out_channels=2))
+        fields = {"stem": stems, "levels": (convs, attention), "neck_dims": (3, dim)}
+        return SimpleNamespace(**fields, embed_dim=features, patch_size=4)
+
+    assert eradio_activations(spec(stem=50), 64) == 32 * 32 * 50 + 16 * 16 * 2
+    assert eradio_activations(spec(c2f=50), 64) == 16 * 16 * 2 * 5 * 50
+    assert eradio_activations(spec(hidden=900), 64) == 16 * 16 * 3 + 8 * 8 * (3 + 900)
+    assert eradio_activations(spec(features=50), 64) == 16 * 16 * 3 + 8 * 8 + 16 * 16 * (2 * 3 + 50)
+
+
+def test_eradio_activations_of_a_model():
+    spec = rivals.load_ours("E-RADIO", "cpu", tiny=True).model.spec
+    values = eradio_activations(spec, 64)
+    assert values >= 64 * 64 / 16 * spec.levels[0].dim
+    assert activations(spec, Case("E-RADIO", 64, 2), "bfloat16") == 2 * (4 * 3 * 64 * 64 + 2 * values)
 
 
 # -- measuring ------------------------------------------------------------------------------------------------
