@@ -10,7 +10,17 @@ import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from bench.targets import Outcome, best_sdpa, evaluate, measured, share_of_matmul, speedups, value_of
+from bench.targets import (
+    TARGETS,
+    Outcome,
+    Target,
+    best_sdpa,
+    evaluate,
+    measured,
+    share_of_matmul,
+    speedups,
+    value_of,
+)
 from bench.workload import CONTENDERS, MODELS, SCALING_SIDES
 
 CHARTS = {
@@ -69,12 +79,13 @@ def by_model(cases: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 def shown(outcome: Outcome, value: float | None) -> str:
-    return "failed" if value is None else f"{value:.2f}{' ' * bool(outcome.target.unit)}{outcome.target.unit}"
+    unit = f" {outcome.target.unit}".rstrip()
+    return "failed" if value is None else f"{value:.{outcome.target.digits}f}{unit}"
 
 
-def targets_table(data: dict) -> list[str]:
+def targets_table(data: dict, targets: tuple[Target, ...] = TARGETS) -> list[str]:
     rows = []
-    for outcome in evaluate(data):
+    for outcome in evaluate(data, targets):
         target = outcome.target
         need = f"{'≤' if target.at_most else '≥'} {target.needed:g} {target.unit}".rstrip()
         if outcome.status == "not measured":

@@ -26,18 +26,16 @@ TINY = {"ViT-B": "vit_b16_spectral", "ViT-L": "vit_l16_half", "ViT-H": "vit_h16"
 DISTINCT = 4  # images in a batch that differ; the rest repeats them, so that every image of any batch can be checked
 
 
-def load_ours(model: str, device: str, tiny: bool = False) -> radio_fast.RADIOModel:
-    """radio_fast as a user gets it, in bfloat16 with random weights; `tiny`: one of the tests' small models."""
+def load_ours(model: str, device: str, tiny: bool = False, dtype: str = "bfloat16") -> radio_fast.RADIOModel:
+    """radio_fast as a user gets it, with random weights; `tiny`: one of the tests' small models."""
     if model == "E-RADIO":
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "eradio.pth.tar"
             eradio_state.write_checkpoint(file, _eradio_state(tiny))
-            return radio_fast.load(
-                "e-radio_v2", checkpoint=file, window_size="optimal", device=device, dtype="bfloat16"
-            )
+            return radio_fast.load("e-radio_v2", checkpoint=file, window_size="optimal", device=device, dtype=dtype)
     if tiny:
-        return radio_fast.load(GOLDEN / TINY[model] / "checkpoint.pth.tar", device=device, dtype="bfloat16")
-    return radio_fast.load(MODELS[model], random_init=True, device=device, dtype="bfloat16")
+        return radio_fast.load(GOLDEN / TINY[model] / "checkpoint.pth.tar", device=device, dtype=dtype)
+    return radio_fast.load(MODELS[model], random_init=True, device=device, dtype=dtype)
 
 
 def _eradio_state(tiny: bool) -> dict[str, Tensor]:
@@ -188,12 +186,7 @@ class Rivals:
         """Of a whole batch: matrix products, convolutions and attention."""
         if self.is_vit:
             return case.batch * sum(vit_flop(self.spec, case.pixels))
-        with torch.device("meta"):
-            plain = PlainERADIO(_meta_state(self.float32)).eval()
-            plain.change_window_size(eradio_window(case.pixels))
-            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-                plain(torch.empty(1, 3, case.pixels, case.pixels))
-        return case.batch * counter.get_total_flops()
+        return eradio_flop(self.float32, case)
 
 
 def _compile_options(tiny: bool) -> dict[str, str]:
@@ -204,6 +197,16 @@ def _compile_options(tiny: bool) -> dict[str, str]:
 
     select_algorithm.PRINT_AUTOTUNE = False  # it would print a table for every product
     return {"mode": "max-autotune"}
+
+
+def eradio_flop(model: PlainERADIO, case: Case) -> int:
+    """As torch counts them, of a whole batch."""
+    with torch.device("meta"):
+        plain = PlainERADIO(_meta_state(model)).eval()
+        plain.change_window_size(eradio_window(case.pixels))
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            plain(torch.empty(1, 3, case.pixels, case.pixels))
+    return case.batch * counter.get_total_flops()
 
 
 def _meta_state(model: nn.Module) -> dict[str, Tensor]:

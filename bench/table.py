@@ -24,7 +24,7 @@ def table(report: dict, title: str) -> str:
         "",
         f"{where}, torch {machine['torch']}, commit {report['commit_info']['id'][:12]}; medians of interleaved rounds.",
     ]
-    timed = {name: info for name, info in cases.items() if "times_ms" in info}
+    timed = {name: info for name, info in cases.items() if "ours_tflops" in info}
     if timed:
         rivals = list(dict.fromkeys(rival for info in timed.values() for rival in info["times_ms"]))
         lines += ["", f"| case | {' | '.join(f'{r}, ms' for r in rivals)} | best rival / ours | TFLOP/s |"]

@@ -116,6 +116,45 @@ def vit_flop(spec, pixels: int) -> tuple[int, int]:
     return patches + spec.depth * block, spec.depth * 4 * N * N * D
 
 
+def vit_activations(spec, pixels: int) -> int:
+    """Values of one image's tokens that must be in memory at once, N·max(5·D, 2·D + hidden).
+
+    In attention: the residual stream, q, k and v, the result. In the MLP: the stream, the hidden values, and first what
+    they are made of, then what is made of them.
+    """
+    D = spec.embed_dim
+    return tokens(spec, pixels) * max(5 * D, 2 * D + spec.mlp_hidden)
+
+
+def eradio_activations(spec, pixels: int) -> int:
+    """The same of E-RADIO's maps: the largest of its parts, each with the maps that the neck waits for.
+
+    Stem: what its two convolutions give. C2f of n bottlenecks, width c, at T positions: T·2·(2 + n)·c, the parts and
+    the map they are put together in. Attention: T·(3·D + hidden), a block's input, its residual stream, normed and
+    hidden values. Neck, at T positions: T·(2·D + F), a map repeated and convolved, and the sum so far.
+    """
+    first, second = (conv.out_channels for conv in spec.stem)
+    largest, kept = (pixels // 2) ** 2 * first + (pixels // 4) ** 2 * second, 0
+    for i, level in enumerate(spec.levels):
+        positions = (pixels // (4 << i)) ** 2
+        wide = [3 * block.dim + block.mlp_hidden for chain in level.chains for block in chain]
+        width = 2 * (2 + len(level.c2f)) * level.c2f_width if level.c2f_width else max(wide, default=2 * level.dim)
+        largest = max(largest, kept + positions * width)
+        if i >= len(spec.levels) - len(spec.neck_dims):
+            kept += positions * level.dim
+    positions = (pixels // spec.patch_size) ** 2
+    return max(largest, kept + positions * (2 * max(spec.neck_dims) + spec.embed_dim))
+
+
+def activations(spec, case: Case, dtype: str) -> int:
+    """Bytes of activations that a call needs at once: its float32 images, and of each what the two above say.
+
+    In int8 only what goes into a product is quantised; what is kept between the ops is bfloat16.
+    """
+    values = eradio_activations(spec, case.pixels) if hasattr(spec, "levels") else vit_activations(spec, case.pixels)
+    return case.batch * (4 * 3 * case.pixels**2 + (4 if dtype == "float32" else 2) * values)
+
+
 class Floor(NamedTuple):
     """The least that one op of a ViT block has to do: FLOP, and bytes read or written once each."""
 
