@@ -1,4 +1,4 @@
-"""Whole models on a CPU, against what one would run there instead; and peak memory of ours. Issue 9's cells.
+"""Whole models on a CPU, against what one would run there instead; and peak memory of ours.
 
 `./dev bench bench/bench_cpu.py --benchmark-json=bench/results/cpu/cpu.json`, then
 `.venv/bin/python -m bench.cpu_table bench/results/cpu/cpu.json`: the table with the targets, and the chart. What it is

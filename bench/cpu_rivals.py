@@ -55,8 +55,8 @@ def autocast(model: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Cal
 def compiled(official: Official, x: Tensor, precision: str) -> Call:
     """torch.compile with freezing, weights packed beforehand, for this very shape; it compiles in the first call.
 
-    Freezing is set for the process: as an option of torch.compile it does not reach all of the compiler, and a call
-    takes up to twice as long.
+    Freezing is set for the process: as an option of torch.compile it does not reach all of the compiler, and calls
+    were slower.
     """
     from torch._inductor import config
 

@@ -1,6 +1,6 @@
 """The CPU benchmark's JSON as a Markdown table and a chart beside it: `python -m bench.cpu_table FILE.json`.
 
-Every number is computed from the file; issue 9's targets are held against it.
+Every number is computed from the file; the targets are held against it.
 """
 
 from __future__ import annotations
