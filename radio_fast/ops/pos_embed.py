@@ -8,6 +8,8 @@ from torch import Tensor
 
 from radio_fast.ops._dispatch import Op, limit_of, register, sm_of, triton_runs
 
+CHANNELS = 128  # resized at a time
+
 
 def _resize(grid: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(grid, size=(h, w), mode="bilinear", align_corners=False)
@@ -17,6 +19,14 @@ def pos_embed_ref(table: Tensor, h: int, w: int, resize_square: bool = True) -> 
     R = round(table.shape[0] ** 0.5)
     if (h, w) == (R, R):
         return table
+    if table.dtype == torch.float32 or torch.compiler.is_compiling():
+        return _resized(table, h, w, R, resize_square)
+    # Not all of the table in float32 at a time, which can be more than all else that a first call needs.
+    parts = [_resized(part, h, w, R, resize_square) for part in table.split(CHANNELS, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+def _resized(table: Tensor, h: int, w: int, R: int, resize_square: bool) -> Tensor:
     # Autocast would round the result to its own dtype, and the caller keeps it for later calls.
     with torch.autocast(table.device.type, enabled=False):
         grid = table.float().view(1, R, R, -1).permute(0, 3, 1, 2)
