@@ -24,7 +24,9 @@ _layouts: dict[tuple, bytes] = {}
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
-def conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str | None) -> Tensor:
+def conv_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str | None
+) -> Tensor:
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, weight.shape[-1] // 2, groups=groups)
     return ACTIVATIONS[activation](y).permute(0, 2, 3, 1)
 
@@ -68,9 +70,7 @@ def pack(weight: Tensor, key: tuple) -> tuple[Tensor, bytes]:
     dtype, (B, H, W, C), _, stride, groups = key
     padding = 2 * [weight.shape[-1] // 2]
     size = [B, C, H, W]
-    packed = torch.ops.mkldnn._reorder_convolution_weight(
-        weight.to(dtype), padding, 2 * [stride], [1, 1], groups, size
-    )
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype), padding, 2 * [stride], [1, 1], groups, size)
     layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
     if len(_layouts) >= MAX_SHAPES:
         _layouts.clear()

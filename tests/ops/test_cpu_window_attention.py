@@ -45,7 +45,9 @@ def check(qkv, heads, window, bias):
     assert_within(actual, window_truth(qkv, heads, window, bias), same_dtype)
 
 
-@pytest.mark.parametrize("window, H, W", [(1, 3, 2), (2, 4, 6), (3, 3, 6), (5, 10, 5), (7, 14, 7), (16, 16, 16), (17, 17, 17)])
+@pytest.mark.parametrize(
+    "window, H, W", [(1, 3, 2), (2, 4, 6), (3, 3, 6), (5, 10, 5), (7, 14, 7), (16, 16, 16), (17, 17, 17)]
+)
 @pytest.mark.parametrize("head_dim", (16, 72, 96))
 def test_every_window(window, H, W, head_dim, threads):
     heads = 3 if window < 16 else 1
@@ -65,7 +67,9 @@ def test_the_bias_of_each_head_query_and_key():
     bias = bias_of(heads, window)
     with torch.no_grad():
         out = ops.window_attention(qkv, heads, window, bias, backend="cpu").view(2, 16, heads, d)
-    torch.testing.assert_close(out.permute(0, 2, 1, 3).float(), bias.float().softmax(-1).expand(2, -1, -1, -1), rtol=0.02, atol=1e-4)
+    torch.testing.assert_close(
+        out.permute(0, 2, 1, 3).float(), bias.float().softmax(-1).expand(2, -1, -1, -1), rtol=0.02, atol=1e-4
+    )
 
 
 def test_large_scores_and_a_large_bias():
@@ -129,7 +133,12 @@ def test_what_it_refuses():
             native_cpu.window_attention(qkv, 2, 4, None)
         with pytest.raises(ValueError, match="head dim must be one of"):
             ops.window_attention(qkv_like(1, 8, 8, 72, dtype=BF16, device="cpu"), 1, 4, None, backend="cpu")
-    assert native_cpu.window_attention(qkv_like(0, 8, 8, 96, dtype=BF16, device="cpu"), 2, 4, None).shape == (0, 8, 8, 32)
+    assert native_cpu.window_attention(qkv_like(0, 8, 8, 96, dtype=BF16, device="cpu"), 2, 4, None).shape == (
+        0,
+        8,
+        8,
+        32,
+    )
 
 
 def test_the_operator_is_what_torch_expects():
