@@ -110,7 +110,7 @@ def window_attention(
 
 
 def _cpu_limit(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> str | None:
-    B, H, W, width = qkv.shape
+    _, H, W, width = qkv.shape
     if H % window or W % window:
         return f"H and W must be multiples of the window {window}, got {H} × {W}"
     if width // (3 * num_heads) not in HEAD_DIMS:
