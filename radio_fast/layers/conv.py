@@ -55,7 +55,6 @@ class Conv(nn.Conv2d):
         layout = conv.layout_of(key)
         packed = None if layout is None else self._cache.get((x.dtype, layout), stamp)
         if packed is None:
-            with torch.inference_mode(False), torch.no_grad():
-                packed, layout = conv.pack(weight, key)
+            packed, layout = conv.pack(weight, key)
             self._cache.put((x.dtype, layout), stamp, packed)
         return packed

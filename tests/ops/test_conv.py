@@ -138,6 +138,12 @@ def test_a_changed_weight_is_packed_anew(dtype, packs):
     one.bias.add_(3)
     check(one, x)
     assert len(packs) == 4
+    one.weight = nn.Parameter(layer(16, 16, 3, seed=7).weight.to(dtype), requires_grad=False)
+    check(one, x)
+    other = nn.Parameter(layer(16, 16, 3, seed=8).weight.to(dtype), requires_grad=False)
+    assert other._version == one.weight._version
+    one.weight = other
+    check(one, x)
     one.to(torch.float64).to(dtype)
     assert not one._cache.entries
     check(one, x)
@@ -152,7 +158,9 @@ def test_both_dtypes_of_autocast(packs):
             with torch.no_grad():
                 rounded = copy.deepcopy(one).to(dtype)
                 assert torch.equal(one(x), rounded(x))
-    assert one._cache.entries
+    assert {(packed.dtype, *key[:1]) for key, (_, packed) in one._cache.entries.items()} == {
+        (dtype, dtype) for dtype in (torch.float32, BF16) if conv.trusted(dtype)
+    }
 
 
 def test_copies_keep_nothing(packs):
@@ -200,6 +208,17 @@ def test_when_plain_torch_does_it(packs, monkeypatch):
         assert one(x).dtype == BF16 and not packs
     assert one(image(0, 6, 6, 16)).shape == (0, 6, 6, 16) and not packs
     assert one(x.double().float()).shape == (1, 6, 6, 16)
+
+
+def test_tensors_that_are_not_plain(packs):
+    class Wrapped(torch.Tensor):
+        pass
+
+    one, x = layer(16, 16, 3), image(1, 6, 6, 16)
+    assert type(one(x.as_subclass(Wrapped))) is Wrapped
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert one(mode.from_tensor(x)).shape == x.shape
+    assert one.to("meta")(x.to("meta")).is_meta and not packs
 
 
 def test_float64_and_float16_are_plain(packs):
