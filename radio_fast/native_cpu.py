@@ -19,7 +19,7 @@ from torch import Tensor
 
 from radio_fast import native
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = "libradio_fast_cpu.so"
 REASON = "libradio_fast_cpu.txt"  # the build leaves it in the library's place: why there is none
 DTYPES = {torch.bfloat16: 1, torch.float32: 2}
@@ -33,7 +33,7 @@ ENTRIES = {
     "rf_cpu_features": (ctypes.c_char_p, []),
     "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, _I, _I, _I]),
     "rf_cpu_layer_norm": (_I, [*[_P] * 6, _I, _I, *[_L] * 4, _F, _F, _I]),
-    "rf_cpu_attention": (_I, [*[_P] * 3, *[_L] * 9, _I]),
+    "rf_cpu_attention": (_I, [*[_P] * 4, *[_L] * 9, _I]),
     "rf_cpu_block": (_I, [ctypes.c_char_p]),
 }
 _BLOCK = struct.Struct("=5q" + "2q2d" * 3 + "8q" + "9q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
@@ -218,8 +218,37 @@ def attention(
     _, across, side = window or (0, 0, 0)
     _call(
         "rf_cpu_attention",
-        *(qkv.data_ptr(), starts, out.data_ptr(), images, N, qkv.shape[:-1].numel(), num_heads),
+        *(qkv.data_ptr(), starts, None, out.data_ptr(), images, N, qkv.shape[:-1].numel(), num_heads),
         *(width // (3 * num_heads), stride_b, qkv.stride(-2), across, side, torch.get_num_threads()),
+    )
+    return out
+
+
+def window_attention(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ / √d + bias)·v in each head, inside windows; see `ops.window_attention`.
+
+    Args:
+        qkv: (B, H, W, 3·heads·d), bfloat16, H and W multiples of the window; d a multiple of 8, up to 256.
+        bias: (heads, window², window²), bfloat16, or None.
+
+    Returns:
+        (B, H, W, heads·d), contiguous.
+
+    Raises:
+        ValueError: the head dim, or windows that do not tile the map. NotImplementedError: the CPU has no AMX.
+        MemoryError.
+    """
+    B, H, W, width = qkv.shape
+    if H % window or W % window:
+        raise ValueError(f"H and W must be multiples of the window {window}, got {H} × {W}")
+    out = qkv.new_empty((B, H, W, width // 3))
+    if not out.numel():
+        return out
+    qkv, bias = qkv.contiguous(), None if bias is None else bias.contiguous()
+    _call(
+        "rf_cpu_attention",
+        *(qkv.data_ptr(), None, None if bias is None else bias.data_ptr(), out.data_ptr(), B, H * W, B * H * W),
+        *(num_heads, width // (3 * num_heads), H * W * width, width, W, window, torch.get_num_threads()),
     )
     return out
 

@@ -1,4 +1,4 @@
-/* Attention on AMX: softmax(q·kᵀ / √d)·v of one head at a time.
+/* Attention on AMX: softmax(q·kᵀ / √d + bias)·v of one head at a time.
  *
  * A head's keys and values are rearranged for the tile unit once and stay in L2. 32 queries meet blocks of up to 256 keys:
  * scores, then weights, of such a block are in L1; sums are rescaled when a later block has a larger score (Milakov and
@@ -20,8 +20,10 @@ struct Problem {
     const bf16 *qkv;
     bf16 *out;
     const int32_t *starts;  // of packed images, or null
+    const bf16 *bias;       // of windows: (heads, window², window²), or null
     int64_t images, N, tokens, heads, d, stride_b, stride_n;
     int64_t width, windows, window;   // of a grid of tokens; 0 windows: none
+    int64_t sequences;                // whole images, packed ones or windows
     int64_t steps, columns, splits;   // of 32 and of 16 values of a head; of the queries
     float scale;                      // log2(e) / √d
 };
@@ -163,8 +165,23 @@ struct Body {
             order_memory();
         }
 
+        /* scores → log2(e) · (scores / √d + bias), of the keys from `first` on. */
+        void add_bias(int64_t head, int64_t query, int rows, int64_t first, int there) {
+            const int64_t side = p.window * p.window;
+            const __m512 scale = _mm512_set1_ps(p.scale), log2e = _mm512_set1_ps(1.44269504f);
+            const bf16 *from = p.bias + (head * side + query) * side + first;
+            for (int row = 0; row < rows; row++, from += side) {
+                float *s = scores + row * SCORE_ROW;
+                for (int key = 0; key < there; key += 16) {
+                    const __mmask16 mask = there - key >= 16 ? 0xffff : (__mmask16)((1u << (there - key)) - 1);
+                    __m512 b = widen(_mm256_maskz_loadu_epi16(mask, from + key));
+                    _mm512_store_ps(s + key, _mm512_fmadd_ps(_mm512_load_ps(s + key), scale, _mm512_mul_ps(b, log2e)));
+                }
+            }
+        }
+
         /* scores → weights, `there` of `count` keys; sums and totals so far are rescaled to the new largest score. */
-        void soften(int rows, int there, int count, bool first) {
+        void soften(int rows, int there, int count, bool first, float factor_of_scores) {
             const __m512 low = _mm512_set1_ps(-INFINITY);
             const int whole = there / 16 * 16;
             const __mmask16 rest = (__mmask16)((1u << (there - whole)) - 1);
@@ -173,9 +190,9 @@ struct Body {
                 bf16 *w = weights + row * WEIGHT_ROW;
                 __m512 most = rest ? _mm512_mask_loadu_ps(low, rest, s + whole) : low;
                 for (int key = 0; key < whole; key += 16) most = _mm512_max_ps(most, _mm512_load_ps(s + key));
-                float m = _mm512_reduce_max_ps(most) * p.scale;
+                float m = _mm512_reduce_max_ps(most) * factor_of_scores;
                 if (!first && largest[row] > m) m = largest[row];
-                const __m512 offset = _mm512_set1_ps(-m), scale = _mm512_set1_ps(p.scale);
+                const __m512 offset = _mm512_set1_ps(-m), scale = _mm512_set1_ps(factor_of_scores);
                 __m512 sum = _mm512_setzero_ps();
                 int key = 0;
                 for (; key < whole; key += 16) {
@@ -253,13 +270,15 @@ struct Body {
         }
 
         void run(int64_t item) {
-            const int64_t split = item % p.splits, head = item / p.splits % p.heads;
-            const Sequence tokens(p, item / p.splits / p.heads);
+            const int64_t split = item % p.splits, pair = item / p.splits;
+            // A head's bias stays in L2 for all windows.
+            const int64_t head = p.bias ? pair / p.sequences : pair % p.heads;
+            const Sequence tokens(p, p.bias ? pair % p.sequences : pair / p.heads);
             const int64_t blocks = (tokens.count + QUERIES - 1) / QUERIES;
             const int64_t from = blocks * split / p.splits, to = blocks * (split + 1) / p.splits;
             if (from == to) return;
-            if (packed != item / p.splits) pack(tokens, head);
-            packed = item / p.splits;
+            if (packed != pair) pack(tokens, head);
+            packed = pair;
             const int64_t parts = (tokens.count + KEYS - 1) / KEYS;
             const int size = (int)(((tokens.count + parts - 1) / parts + 31) / 32 * 32);
             for (int64_t query = from * QUERIES; query < to * QUERIES && query < tokens.count; query += QUERIES) {
@@ -270,7 +289,8 @@ struct Body {
                     const int there = tokens.count - key < size ? (int)(tokens.count - key) : size;
                     const int count = (there + 31) / 32 * 32;
                     multiply_keys(key, count);
-                    soften(rows, there, count, key == 0);
+                    if (p.bias) add_bias(head, query, rows, key, there);
+                    soften(rows, there, count, key == 0, p.bias ? 1 : p.scale);
                     order_memory();
                     int64_t column = 0;
                     for (; column + 1 < p.columns; column += 2) multiply_values<2>(key, count, column, key == 0);
@@ -287,23 +307,25 @@ struct Body {
 }  // namespace rf
 
 rf_cpu_status rf_cpu_attention(
-    const void *qkv, const int32_t *cu_seqlens, void *out, int64_t images, int64_t N, int64_t tokens, int64_t heads,
-    int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads) {
+    const void *qkv, const int32_t *cu_seqlens, const void *bias, void *out, int64_t images, int64_t N, int64_t tokens,
+    int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads) {
     using namespace rf;
     clear_error();
     if (images < 0 || N < 0 || tokens < 0 || heads < 1 || d < 8 || d > 256 || d % 8 || threads < 1)
         return fail(RF_CPU_BAD_ARGUMENT, "head dim must be a multiple of 8 up to 256, got %lld", (long long)d);
     if (window < 0 || (window && (cu_seqlens || width < 1 || width % window || N % width || N / width % window)))
         return fail(RF_CPU_BAD_ARGUMENT, "windows of %lld do not tile the tokens", (long long)window);
+    if (bias && !window) return fail(RF_CPU_BAD_ARGUMENT, "a bias goes with windows");
     if (!*rf_cpu_features()) return fail(RF_CPU_UNSUPPORTED, "this CPU, or the system, has no AMX");
     if (!images || (!cu_seqlens && !N)) return RF_CPU_OK;
     Problem p{};
     p.qkv = (const bf16 *)qkv, p.out = (bf16 *)out, p.starts = cu_seqlens, p.images = images, p.N = N;
     p.tokens = tokens, p.heads = heads, p.d = d, p.stride_b = stride_b, p.stride_n = stride_n;
-    p.width = width, p.window = window, p.windows = window ? N / (window * window) : 0;
+    p.bias = (const bf16 *)bias, p.width = width, p.window = window, p.windows = window ? N / (window * window) : 0;
     p.steps = (d + 31) / 32, p.columns = (d + 15) / 16;
     p.scale = (float)(1.4426950408889634 / __builtin_sqrt((double)d));
-    int64_t longest = window ? window * window : N, sequences = window ? images * p.windows : images;
+    int64_t longest = window ? window * window : N;
+    const int64_t sequences = p.sequences = window ? images * p.windows : images;
     if (cu_seqlens) {
         longest = 0;
         for (int64_t i = 0; i < images; i++) {

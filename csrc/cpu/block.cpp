@@ -23,7 +23,7 @@ rf_cpu_status rf_cpu_block(const rf_cpu_block_arguments *block) {
                              act, threads);
     };
     auto attention = [&] {
-        return rf_cpu_attention(wide, nullptr, mixed, b.images, b.N, rows, b.heads, D / b.heads, b.N * 3 * D, 3 * D,
+        return rf_cpu_attention(wide, nullptr, nullptr, mixed, b.images, b.N, rows, b.heads, D / b.heads, b.N * 3 * D, 3 * D,
                                 b.width, b.window, threads);
     };
     rf_cpu_status status = RF_CPU_OK;

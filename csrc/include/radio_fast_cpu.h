@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define RF_CPU_ABI_VERSION 2
+#define RF_CPU_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define RF_CPU_API __attribute__((visibility("default")))
@@ -60,17 +60,18 @@ RF_CPU_API rf_cpu_status rf_cpu_layer_norm(
     const void *x, const void *y, const void *weight, const void *bias, void *sum, void *out, int dtype, int weight_dtype,
     int64_t rows, int64_t D, int64_t stride_x, int64_t stride_y, float eps, float scale, int threads);
 
-/* softmax(q·kᵀ / √d)·v for each head of each image, in bfloat16.
+/* softmax(q·kᵀ / √d + bias)·v for each head of each image, in bfloat16.
  *
  * qkv: (images, N, 3·heads·d), channels ordered (q, k, v) × heads × d, adjacent; out: (images, N, heads·d), contiguous.
  * cu_seqlens: null; or images + 1 numbers, where each packed image begins among `tokens` rows: qkv is then
  * (tokens, 3·heads·d), out (tokens, heads·d), N and stride_b unused. Wrong numbers touch no other memory.
  * window: 0; or the N tokens are a grid, `width` of them a row, and attend inside window × window.
+ * bias: null; or, with a window, (heads, window², window²), query by key, contiguous.
  * d: a multiple of 8, up to 256.
  */
 RF_CPU_API rf_cpu_status rf_cpu_attention(
-    const void *qkv, const int32_t *cu_seqlens, void *out, int64_t images, int64_t N, int64_t tokens, int64_t heads,
-    int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads);
+    const void *qkv, const int32_t *cu_seqlens, const void *bias, void *out, int64_t images, int64_t N, int64_t tokens,
+    int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads);
 
 /* A weight (out, in) and a bias, (out) float32 or null; or a LayerNorm's, (D) each, with its eps and scale. */
 typedef struct {

@@ -8,6 +8,11 @@ from torch import Tensor
 from radio_fast.ops._state import capturing, settle
 
 
+def size_of(tensor: Tensor) -> int:
+    """The bytes that it keeps; of an opaque tensor, which shows no storage, those of its values."""
+    return tensor.nbytes if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
+
+
 class TensorCache:
     """Tensors computed from weights, one per key, least recently used out first, at most `max_bytes` of them.
 
@@ -36,7 +41,7 @@ class TensorCache:
         if capturing(value.device):
             return  # it belongs to a graph, and is not there before that is replayed
         settle(value)
-        size = value.untyped_storage().nbytes()
+        size = size_of(value)
         with self.lock:
             if key in self.entries:
                 self._drop(key)
@@ -49,7 +54,7 @@ class TensorCache:
 
     def _drop(self, key: tuple) -> None:
         _, old = self.entries.pop(key)
-        self.bytes -= old.untyped_storage().nbytes()
+        self.bytes -= size_of(old)
 
     def clear(self) -> None:
         with self.lock:

@@ -6,17 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast import native
+from radio_fast import native, native_cpu
 from radio_fast.ops._dispatch import (
     HALF,
     Op,
     bucket,
+    cpu_limit,
     limit_of,
     native_path,
     register,
+    register_cpu,
     sm_of,
     triton_runs,
     why_not_native,
+    why_not_native_cpu,
 )
 from radio_fast.ops.attention import HEAD_DIMS
 
@@ -95,12 +98,24 @@ def window_attention(
     """
     _check(qkv, num_heads, window, bias)
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    limit = native_limit = limit_of(qkv, bias=bias)
+    limit = native_limit = cpu = limit_of(qkv, bias=bias)
+    if limit is None and qkv.device.type == "cpu":
+        cpu = _cpu_limit(qkv, num_heads, window, bias)
     if head_dim not in HEAD_DIMS:
         limit = f"head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     if head_dim not in native.HEAD_DIMS:
         native_limit = f"head dim must be one of {', '.join(map(str, native.HEAD_DIMS))}, got {head_dim}"
-    return WINDOW_ATTENTION(backend, (qkv, num_heads, window, bias), {"triton": limit, "cuda": native_limit})
+    limits = {"triton": limit, "cuda": native_limit, "cpu": cpu}
+    return WINDOW_ATTENTION(backend, (qkv, num_heads, window, bias), limits)
+
+
+def _cpu_limit(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> str | None:
+    _, H, W, width = qkv.shape
+    if H % window or W % window:
+        return f"H and W must be multiples of the window {window}, got {H} × {W}"
+    if width // (3 * num_heads) not in HEAD_DIMS:
+        return f"head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {width // (3 * num_heads)}"
+    return cpu_limit((torch.bfloat16,), qkv, bias)
 
 
 def padded_bias(bias: Tensor) -> Tensor:
@@ -145,6 +160,14 @@ for _name, _implementation in (("window_attention", _kernel), ("window_attention
     )
 
 
+_window_attention_cpu = register_cpu(
+    "window_attention_cpu",
+    "(Tensor qkv, int num_heads, int window, Tensor? bias) -> Tensor",
+    lambda qkv, num_heads, window, bias: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)),
+    native_cpu.window_attention,
+)
+
+
 def _key(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> str:
     B, H, W, width = qkv.shape
     count = B * num_heads * -(-H // window) * -(-W // window)
@@ -154,3 +177,4 @@ def _key(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> str:
 WINDOW_ATTENTION = Op("window_attention", window_attention_ref, _key)
 WINDOW_ATTENTION.add("triton", torch.ops.radio_fast.window_attention, triton_runs(needs_dot=True))
 WINDOW_ATTENTION.add("cuda", torch.ops.radio_fast.window_attention_cuda, why_not_native, shipped=HALF)
+WINDOW_ATTENTION.add("cpu", _window_attention_cpu, why_not_native_cpu, shipped=(torch.bfloat16,))

@@ -1,0 +1,147 @@
+"""Window attention on AMX: the attention kernel's windows with a bias, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from radio_fast import native_cpu, ops
+from tests.conftest import qkv_like
+from tests.numerics import assert_within
+from tests.ops.truth import bias_like, window_truth
+
+REASON = native_cpu.why_not_native_cpu()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=(1, 3))
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def entries(monkeypatch) -> list[str]:
+    """The library's entries that are called."""
+    made, call = [], native_cpu._call
+    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
+    return made
+
+
+def bias_of(heads: int, window: int) -> torch.Tensor:
+    """E-RADIO's: −16 to 0."""
+    return bias_like(heads, window, dtype=BF16, device="cpu").float().sigmoid().mul(16).sub(16).to(BF16).contiguous()
+
+
+def check(qkv, heads, window, bias):
+    with torch.no_grad():
+        actual = ops.window_attention(qkv, heads, window, bias, backend="cpu")
+        same_dtype = ops.window_attention(qkv, heads, window, bias, backend="reference")
+    assert actual.is_contiguous()
+    assert_within(actual, window_truth(qkv, heads, window, bias), same_dtype)
+
+
+@pytest.mark.parametrize(
+    "window, H, W", [(1, 3, 2), (2, 4, 6), (3, 3, 6), (5, 10, 5), (7, 14, 7), (16, 16, 16), (17, 17, 17)]
+)
+@pytest.mark.parametrize("head_dim", (16, 72, 96))
+def test_every_window(window, H, W, head_dim, threads):
+    heads = 3 if window < 16 else 1
+    qkv = qkv_like(2 if window < 16 else 1, H, W, 3 * heads * head_dim, dtype=BF16, device="cpu", seed=window)
+    check(qkv, heads, window, bias_of(heads, window))
+
+
+def test_without_a_bias():
+    check(qkv_like(2, 8, 4, 3 * 2 * 32, dtype=BF16, device="cpu"), 2, 4, None)
+
+
+def test_the_bias_of_each_head_query_and_key():
+    """Scores are zero: the weights are the bias's softmax, and values pick out single keys."""
+    heads, window, d = 2, 4, 16
+    qkv = torch.zeros(1, 8, 4, 3 * heads * d, dtype=BF16)
+    qkv[..., 2 * heads * d :] = torch.eye(16, dtype=BF16).view(4, 4, 16).repeat(2, 1, heads)
+    bias = bias_of(heads, window)
+    with torch.no_grad():
+        out = ops.window_attention(qkv, heads, window, bias, backend="cpu").view(2, 16, heads, d)
+    torch.testing.assert_close(
+        out.permute(0, 2, 1, 3).float(), bias.float().softmax(-1).expand(2, -1, -1, -1), rtol=0.02, atol=1e-4
+    )
+
+
+def test_large_scores_and_a_large_bias():
+    qkv = qkv_like(1, 17, 17, 3 * 32, dtype=BF16, device="cpu")
+    qkv[..., :32] *= 20
+    bias = bias_of(1, 17)
+    bias[:, :, 5] = 200
+    check(qkv, 1, 17, bias)
+
+
+def test_strided_arguments_and_nothing_read_beyond_them():
+    wide = torch.full((2, 9, 10, 3 * 32 + 16), float("nan"), dtype=BF16)
+    wide[:, :8, 1:9, 8:-8] = qkv_like(2, 8, 8, 3 * 32, dtype=BF16, device="cpu")
+    room = torch.full((2, 18, 20), float("nan"), dtype=BF16)
+    room[:, 1:17, 2:18] = bias_of(2, 4)
+    check(wide[:, :8, 1:9, 8:-8], 2, 4, room[:, 1:17, 2:18])
+    check(wide[:, :8, 1:9, 8:-8].transpose(1, 2), 2, 4, room[:, 1:17, 2:18].transpose(1, 2))
+
+
+def test_nothing_outside_the_result_is_written(monkeypatch):
+    made = []
+
+    def new_empty(self, shape, **options):
+        size = torch.Size(shape).numel()
+        made.append(torch.full((size + 256,), float("nan"), dtype=self.dtype))
+        return made[-1][128 : 128 + size].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    native_cpu.window_attention(qkv_like(2, 14, 7, 3 * 2 * 24, dtype=BF16, device="cpu"), 2, 7, bias_of(2, 7))
+    (block,) = made
+    assert block[:128].isnan().all() and block[-128:].isnan().all() and not block[128:-128].isnan().any()
+
+
+def test_auto_takes_it_where_windows_fit(entries):
+    with torch.inference_mode():
+        qkv, bias = qkv_like(1, 8, 8, 96, dtype=BF16, device="cpu"), bias_of(2, 4)
+        ops.window_attention(qkv, 2, 4, bias)
+        assert entries == ["rf_cpu_attention"]
+        ops.window_attention(qkv[:, :, :7], 2, 4, bias)
+        ops.window_attention(qkv.float(), 2, 4, bias.float())
+        ops.window_attention(qkv.half(), 2, 4, bias.half())
+        ops.window_attention(qkv[..., :72], 2, 4, bias)
+    assert len(entries) == 1
+    ops.window_attention(qkv_like(1, 8, 8, 96, dtype=BF16, device="cpu").requires_grad_(), 2, 4, None).sum().backward()
+    assert len(entries) == 1
+
+
+def test_never_without_amx(without_amx):
+    qkv = qkv_like(1, 8, 8, 96, dtype=BF16, device="cpu")
+    ops.window_attention(qkv, 2, 4, bias_of(2, 4))
+    with pytest.raises(ValueError, match="the cpu backend of window_attention can't run here"):
+        ops.window_attention(qkv, 2, 4, None, backend="cpu")
+
+
+def test_what_it_refuses():
+    qkv = qkv_like(1, 8, 7, 96, dtype=BF16, device="cpu")
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="H and W must be multiples of the window 4, got 8 × 7"):
+            ops.window_attention(qkv, 2, 4, None, backend="cpu")
+        with pytest.raises(ValueError, match="H and W must be multiples of the window 4, got 8 × 7"):
+            native_cpu.window_attention(qkv, 2, 4, None)
+        with pytest.raises(ValueError, match="head dim must be one of"):
+            ops.window_attention(qkv_like(1, 8, 8, 72, dtype=BF16, device="cpu"), 1, 4, None, backend="cpu")
+    assert native_cpu.window_attention(qkv_like(0, 8, 8, 96, dtype=BF16, device="cpu"), 2, 4, None).shape == (
+        0,
+        8,
+        8,
+        32,
+    )
+
+
+def test_the_operator_is_what_torch_expects():
+    arguments = qkv_like(1, 8, 8, 96, dtype=BF16, device="cpu"), 2, 4, bias_of(2, 4)
+    operator = torch.ops.radio_fast.window_attention_cpu
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
