@@ -20,6 +20,7 @@ from radio_fast.ops.norm import LAYER_NORM, MAX_WIDTH
 if TYPE_CHECKING:
     from radio_fast.layers.block import Block
 
+BACKENDS = ("auto", _dispatch.CPU_OR_REFERENCE)
 OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ATTENTION)
 
 
@@ -44,7 +45,7 @@ def step(
     layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
     if not (all(untouched(m, LayerNorm) for m in norms) and all(untouched(m, Linear) for m in layers)):
         return None
-    if any(m.backend != "auto" for m in (attn, *norms, *layers)):
+    if any(m.backend not in BACKENDS for m in (attn, *norms, *layers)):
         return None
     if [m.activation for m in layers] != [None, None, "gelu", None]:
         return None

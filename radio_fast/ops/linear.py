@@ -9,7 +9,9 @@ from torch import Tensor
 from radio_fast import native_cpu
 from radio_fast.ops import _dispatch
 from radio_fast.ops._dispatch import (
+    CPU_OR_REFERENCE,
     Op,
+    backend_of_ops,
     bucket,
     cpu_limit,
     limit_of,
@@ -226,9 +228,11 @@ def linear_add_norm(
     """
     args = (x, weight, bias, residual, norm_weight, norm_bias, eps, norm_scale)
     if backend == "auto" and LINEAR_ADD_NORM.variable not in overrides():
-        backend = overrides().get("RADIO_FAST_BACKEND", "auto")  # of the two parts
+        backend = backend_of_ops(overrides().get("RADIO_FAST_BACKEND", "auto"))  # of the two parts
         if any(part.variable in overrides() for part in (LINEAR, LAYER_NORM, ADD_LAYER_NORM)):
             return _deferred(*args)  # each as it was named
+    if backend == CPU_OR_REFERENCE:
+        return _epilogue(*args, backend=backend)
     if backend not in ("auto", "reference"):
         return _deferred(*args, backend=backend)
     limits = {"cpu": None if x.dtype == torch.bfloat16 else "its product is bfloat16"}

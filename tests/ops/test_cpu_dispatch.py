@@ -12,6 +12,7 @@ from torch import nn
 import radio_fast
 from radio_fast import doctor, native_cpu, ops
 from radio_fast.ops import _dispatch
+from radio_fast.runtime import resolve_backend
 from tests.conftest import golden_source
 from tests.numerics import assert_tokens
 
@@ -208,6 +209,40 @@ def test_a_whole_model(autocast, calls):
         assert bool(calls) == (backend == "auto")
     assert found["auto"].features.dtype == found["reference"].features.dtype
     assert_tokens(found["auto"].features, found["reference"].features.float(), 0.995)
+
+
+@needs_amx
+def test_a_whole_model_by_name(calls, monkeypatch):
+    """Plain PyTorch where an op has no kernel, an error where none can run; the environment does not replace it."""
+    x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    model = radio_fast.load(golden_source("vit_h16"), backend="cpu").to(BF16)
+    expected = model(x)
+    assert "rf_cpu_block" in calls and model.backend == "cpu"
+    calls.clear()
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "reference")
+    assert "rf_cpu_linear" not in calls and torch.equal(model(x).features, expected.features) and calls
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "cpu")
+    model.backend = "auto"
+    calls.clear()
+    assert_tokens(model(x).features, expected.features.float(), 0.999)
+    assert "rf_cpu_linear" in calls
+    model.float()(x)
+    with pytest.raises(ValueError, match="backend 'cpu' can't run here: the kernels have no backward"):
+        model.requires_grad_()(x)
+
+
+def test_a_whole_model_by_name_says_why_not(without_amx):
+    reason = "ONEDNN_MAX_CPU_ISA=AVX512_CORE takes AMX away"
+    with pytest.raises(ValueError, match=f"backend 'cpu' can't run on cpu: {reason}"):
+        radio_fast.load(golden_source("vit_h16"), backend="cpu")
+    with pytest.raises(ValueError, match="backend 'cpu' can't run on cuda: the kernels are for CPUs with AMX, not for"):
+        resolve_backend("cpu", torch.device("cuda"))
+    model = radio_fast.load(golden_source("vit_h16"))
+    model.backend = "cpu"
+    for autocast in (False, True):
+        with pytest.raises(ValueError, match=f"backend 'cpu' can't run here: {reason}"):
+            with torch.autocast("cpu", BF16, enabled=autocast):
+                model(torch.rand(1, 3, 64, 64))
 
 
 def test_importing_asks_for_nothing():
