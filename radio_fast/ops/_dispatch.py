@@ -196,8 +196,8 @@ class Op:
         """The name of the implementation that this call runs.
 
         Args:
-            backend: what the caller wants, which is not refused for the `limits` of "cpu" if it is CPU_OR_REFERENCE; the
-                environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
+            backend: what the caller wants; the environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
+                CPU_OR_REFERENCE is refused where the CPU kernels can't run at all, not for their `limits`.
             args: of the call; the first one is a tensor, and says on which device and in which dtype.
             limits: what the call breaks of an implementation's limits, by its name.
 

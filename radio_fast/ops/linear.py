@@ -113,8 +113,8 @@ def _cpu_limit(
 ) -> str | None:
     if activation not in native_cpu.ACTIVATIONS:
         return f"{activation} is not in it"
-    if weight.shape[1] % 32:
-        return f"K must be a multiple of 32, got {weight.shape[1]}"
+    if activation == "swiglu" and any(other is not None for other in others):
+        return "a residual after swiglu is not in it"
     return cpu_limit((torch.bfloat16,), x, weight, bias, *others)
 
 
@@ -300,7 +300,7 @@ register(
 _linear_cpu = register_cpu(
     "linear_cpu",
     "(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-    lambda x, weight, bias, activation, residual: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda x, weight, bias, activation, residual: x.new_empty((*x.shape[:-1], _out_features(weight, activation))),
     native_cpu.linear,
 )
 
