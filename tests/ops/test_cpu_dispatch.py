@@ -14,7 +14,7 @@ from radio_fast import doctor, native_cpu, ops
 from radio_fast.ops import _dispatch
 from radio_fast.runtime import resolve_backend
 from tests.conftest import golden_source
-from tests.numerics import assert_tokens
+from tests.numerics import assert_tokens, assert_within
 
 BF16 = torch.bfloat16
 REASON = native_cpu.why_not_native_cpu()
@@ -32,6 +32,39 @@ def calls(monkeypatch) -> list[str]:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(0)).to(BF16)
+
+
+def embed(image: torch.Tensor, p: int, dtype: torch.dtype, backend: str, rows=None, starts=None) -> torch.Tensor:
+    def random(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+    T = image.shape[2] * image.shape[3] // p**2 if rows is None else 5
+    mean, std = torch.tensor([0.4, 0.5, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+    args = image, random(40, 3 * p * p) / p, random(40), random(T, 40), random(3, 40), p, mean, std, rows, starts
+    return ops.patch_embed(*args, backend=backend)
+
+
+@needs_amx
+@pytest.mark.parametrize("p", (16, 14, 3))
+@pytest.mark.parametrize("kind", (torch.float32, BF16, torch.uint8, "packed"))
+def test_patches(p, kind, calls):
+    image = torch.rand(2, 3, 2 * p, 3 * p, generator=torch.Generator().manual_seed(0))
+    packing = ()
+    if kind == "packed":  # two images, of two and four patches, each after three rows of its prefix
+        image = image.repeat(3, 1, 1, 1)[:, :, :p, :p]
+        rows = [[0, 4, 1, 3, 2, 0], [3, 4, 8, 9, 10, 11]]
+        packing = torch.tensor(rows, dtype=torch.int32), torch.tensor([0, 5, 12], dtype=torch.int32)
+    else:
+        image = (image * 255).to(kind) if kind == torch.uint8 else image.to(kind)
+    truth = embed(
+        image.float() / 255 if kind == torch.uint8 else image.float(), p, torch.float32, "reference", *packing
+    )
+    plain = embed(image, p, BF16, "reference", *packing)
+    assert not calls
+    assert_within(embed(image, p, BF16, "auto", *packing), truth, plain)
+    assert calls == ["rf_cpu_linear"]
+    embed(image, p, torch.float32, "auto", *packing)
+    assert len(calls) == 1
 
 
 def everything(x: torch.Tensor, backend: str = "auto") -> list[torch.Tensor]:
