@@ -36,7 +36,7 @@ def x() -> torch.Tensor:
 
 def embed(image: torch.Tensor, p: int, dtype: torch.dtype, backend: str, rows=None, starts=None) -> torch.Tensor:
     def random(*shape):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(BF16).to(dtype)
 
     T = image.shape[2] * image.shape[3] // p**2 if rows is None else 5
     mean, std = torch.tensor([0.4, 0.5, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
@@ -56,9 +56,8 @@ def test_patches(p, kind, calls):
         packing = torch.tensor(rows, dtype=torch.int32), torch.tensor([0, 5, 12], dtype=torch.int32)
     else:
         image = (image * 255).to(kind) if kind == torch.uint8 else image.to(kind)
-    truth = embed(
-        image.float() / 255 if kind == torch.uint8 else image.float(), p, torch.float32, "reference", *packing
-    )
+    wide = image.float() / 255 if kind == torch.uint8 else image.float()
+    truth = embed(wide, p, torch.float32, "reference", *packing)
     plain = embed(image, p, BF16, "reference", *packing)
     assert not calls
     assert_within(embed(image, p, BF16, "auto", *packing), truth, plain)
