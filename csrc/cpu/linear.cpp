@@ -1,10 +1,11 @@
 /* Linear layers on AMX: out = residual + act(x · weightᵀ + bias), worked out as (weight · xᵀ)ᵀ.
  *
  * Tiles of the weight are loaded from where it lies: there is no second copy of it, nor time spent on one. (A float32
- * weight is rounded 32 rows × 768 columns at a time, which stay in L1.) What has to be rearranged for the tile unit is x,
- * which is small; its tiles stream past L1, where they would push out the weight's rows and the sums. 32 features × 32
- * tokens of sums are in tiles for 768 of K: spilled every 384 they cost 20 %. Bias, activation, residual and the way back
- * to rows of tokens are worked out between the tile instructions of the next 32 × 32, and the weight's next rows asked for.
+ * weight is rounded 32 rows × 768 columns at a time, which stay in L1, and the last columns copied there where K is no
+ * multiple of 32.) What has to be rearranged for the tile unit is x, which is small; its tiles stream past L1, where
+ * they would push out the weight's rows and the sums. 32 features × 32 tokens of sums are in tiles for 768 of K: spilled
+ * every 384 they cost 20 %. Bias, activation, residual and the way back to rows of tokens are worked out between the tile
+ * instructions of the next 32 × 32, and the weight's next rows asked for.
  */
 #include "cpu.h"
 
@@ -27,8 +28,8 @@ struct Problem {
     bf16 *out;
     int64_t M, N, K, stride_x, stride_w, stride_r, stride_o;
     int64_t value;                // bytes of one of the weight's values: 2 or 4
-    int64_t steps, panels, width; // of 32 columns, of `width` results
-    int64_t lower;                // rows of the weight from a panel's first to its 17th
+    int64_t steps, panels;        // of 32 columns, of `width` results
+    int64_t width, lower;         // lower: rows of the weight from a panel's first to its 17th
     int64_t blocks, block_tiles;  // of x: how many, and the tiles of 16 tokens in each
     int64_t block_panels;         // of the weight's panels, one item; all of them where x has many blocks
     char *packed;                 // x, where it is one block for all threads
