@@ -211,6 +211,12 @@ def test_blocks_in_one_call(calls, monkeypatch):
     assert seen == [2, 3, 1]
     monkeypatch.setattr(cpu_block, "LONGEST", 1)
     runs(5)
+    monkeypatch.undo()
+    blocks[3].float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_block, "run", lambda *args: None)
+        expected = model(x)
+    assert torch.equal(model(x).features, expected.features)
 
 
 def test_what_is_changed_between_two_calls_is_seen(calls):
