@@ -100,6 +100,9 @@ CHANGES = {
     "a patched layer": lambda block, after: setattr(block.attn.qkv, "forward", block.attn.qkv.forward),
     "a wrapped layer": lambda block, after: setattr(block.attn, "proj", nn.Sequential(block.attn.proj)),
     "another backend": lambda block, after: setattr(block.attn, "backend", "reference"),
+    "another backend of a layer": lambda block, after: setattr(block.mlp.fc2, "backend", "reference"),
+    "an activation after qkv": lambda block, after: setattr(block.attn.qkv, "activation", "gelu"),
+    "an activation after the MLP": lambda block, after: setattr(block.mlp.fc2, "activation", "gelu"),
     "another activation": lambda block, after: setattr(block.mlp.fc1, "activation", "silu"),
     "another norm": lambda block, after: setattr(block, "norm1", DynamicTanh(D)),
     "a norm inside": lambda block, after: setattr(block.mlp, "norm", LayerNorm(160).to(BF16)),
@@ -175,6 +178,20 @@ def test_starts_that_do_not_cover_the_tokens():
     for starts in ([0, 7, 24], [1, 7, 25], [0, 26, 25], [0, -1, 25]):
         with pytest.raises(ValueError, match="cu_seqlens must ascend from 0 to 25"):
             block.step(x, None, after, Segments(torch.tensor(starts, dtype=torch.int32), (7, 18)))
+
+
+@pytest.mark.parametrize("starts, lengths", [([0, 7, 25], (7, 18)), ([0, 7, 25], (7, 17))])
+def test_packing_that_is_not_for_the_kernel(starts, lengths, calls):
+    """Of another integer, or of other lengths than x: the parts say what they make of it."""
+    block, after = make()
+    x = torch.randn(1, 25, D).to(BF16)
+    segments = Segments(torch.tensor(starts, dtype=torch.int64 if sum(lengths) == 25 else torch.int32), lengths)
+    if sum(lengths) == 25:
+        block.step(x, None, after, segments)
+    else:
+        with pytest.raises(ValueError, match="seqlens must have the 2 packed images' tokens"):
+            block.step(x, None, after, segments)
+    assert "rf_cpu_blocks" not in calls
 
 
 # -- whole models -----------------------------------------------------------------------------------------------
