@@ -130,6 +130,14 @@ def test_otherwise_its_parts_are_called(change, calls, monkeypatch):
     assert "rf_cpu_blocks" not in calls and torch.equal(out, expected[0])
 
 
+def test_layers_that_do_not_fit_together(calls):
+    block, after = make()
+    block.mlp.fc1 = type(block.mlp.fc1)(D, 152, activation="gelu").to(BF16).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        block.step(torch.randn(1, 20, D).to(BF16), None, after)
+    assert "rf_cpu_blocks" not in calls
+
+
 @pytest.mark.parametrize("name", ("BACKEND", "LINEAR", "LINEAR_ADD_NORM", "LAYER_NORM", "ATTENTION"))
 def test_the_environment_names_its_parts(name, calls, monkeypatch):
     block, after = make()
