@@ -72,8 +72,9 @@ def load(
             "optimal": for each image the one that `model.model.set_optimal_window_size` would set for its size.
         progress: show a bar while downloading.
         return_checkpoint: return (model, the checkpoint's dict) instead; of a Hugging Face folder, its config.
-        backend: "reference": plain PyTorch; "triton": the kernels, or an error saying why they can't run; "auto": the
-            kernels on a GPU that runs them, else plain PyTorch.
+        backend: "reference": plain PyTorch; "triton": the kernels, or an error saying why they can't run; "cpu": those
+            for CPUs with AMX, or an error, and plain PyTorch for what they lack, such as float16; "auto": the kernels
+            where they run, else plain PyTorch.
         cuda_graphs: False: launch the kernels of every call one by one; None: replay captured calls on a GPU, unless
             the environment says RADIO_FAST_GRAPHS=0; True: whatever it says (`radio_fast.graphs.GraphCache`).
         cache_dir: where downloads are kept; the environment's RADIO_FAST_CACHE or ~/.cache/radio_fast if None, and

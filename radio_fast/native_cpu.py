@@ -7,12 +7,13 @@ when it is first wanted.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import struct
 import threading
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ ABI_VERSION = 3
 LIBRARY = "libradio_fast_cpu.so"
 REASON = "libradio_fast_cpu.txt"  # the build leaves it in the library's place: why there is none
 DTYPES = {torch.bfloat16: 1, torch.float32: 2}
-ACTIVATIONS = {None: 0, "gelu": 1}
+ACTIVATIONS = {None: 0, "gelu": 1, "swiglu": 2}
 ERRORS = {1: ValueError, 2: NotImplementedError, 3: MemoryError}  # by rf_cpu_status
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -34,9 +35,9 @@ ENTRIES = {
     "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, _I, _I, _I]),
     "rf_cpu_layer_norm": (_I, [*[_P] * 6, _I, _I, *[_L] * 4, _F, _F, _I]),
     "rf_cpu_attention": (_I, [*[_P] * 4, *[_L] * 9, _I]),
-    "rf_cpu_block": (_I, [ctypes.c_char_p]),
+    "rf_cpu_blocks": (_I, [ctypes.c_char_p, _L]),
 }
-_BLOCK = struct.Struct("=5q" + "2q2d" * 3 + "8q" + "9q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
+_BLOCK = struct.Struct("=6q" + "2q2d" * 3 + "8q" + "10q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
 # What oneDNN understands too: whoever takes AMX from it, to compare or to be safe, takes it from these kernels.
 MASK, WITH_AMX = "ONEDNN_MAX_CPU_ISA", ("", "ALL", "DEFAULT")
 
@@ -125,17 +126,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     """residual + act(x·weightᵀ + bias).
 
     Args:
-        x: (..., K), bfloat16, K a multiple of 32. weight: (N, K), read where it lies; float32 is rounded as it is read.
-            bias: (N) or None; float32 is not copied. activation: None or "gelu", the exact one. residual: (..., N) or
-            None.
+        x: (..., K), bfloat16. weight: (N, K), read where it lies; float32 is rounded as it is read. bias: (N) or None;
+            float32 is not copied. activation: None; "gelu", the exact one; "swiglu", silu(a)·b of the halves (a, b) of
+            the product, N even. residual: (..., N) or None, as it is for "swiglu".
 
     Returns:
-        (..., N), bfloat16; sums are float32 and rounded once.
+        (..., N), of "swiglu" (..., N/2), bfloat16; sums are float32 and rounded once.
 
     Raises:
-        ValueError: K is no multiple of 32. NotImplementedError: the CPU has no AMX. MemoryError.
+        ValueError: K is 0. NotImplementedError: the CPU has no AMX. MemoryError.
     """
     N, K = weight.shape
+    N = N // 2 if activation == "swiglu" else N
     shape = (*x.shape[:-1], N)
     out = x.new_empty(shape)
     if not out.numel():
@@ -253,45 +255,86 @@ def window_attention(qkv: Tensor, num_heads: int, window: int, bias: Tensor | No
     return out
 
 
-def block(
+class Norm(NamedTuple):
+    """A LayerNorm's parameters, (D) each."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    scale: float
+
+
+class Layer(NamedTuple):
+    """A linear layer's, (out, in) and (out)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class BlockParameters(NamedTuple):
+    """A transformer block's; contiguous. The weights, and the norms' biases, are all bfloat16, or all float32, which is
+    rounded as it is read; the layers' biases are float32. activation: of fc1.
+    """
+
+    norm1: Norm
+    norm2: Norm
+    qkv: Layer
+    proj: Layer
+    fc1: Layer
+    fc2: Layer
+    num_heads: int
+    activation: str | None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pack_norm(norm: Norm | None) -> tuple:
+    return (0, 0, 0.0, 0.0) if norm is None else (_address(norm.weight), _address(norm.bias), norm.eps, norm.scale)
+
+
+def blocks(
     x: Tensor,
     normed: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    scales: Sequence[tuple[float, float]],
-    num_heads: int,
+    chain: Sequence[BlockParameters],
+    after: Norm | None = None,
     window: tuple[int, int, int] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A transformer block: (its output, the norm after it of that, or None). Every value is what `linear`, `attention`
-    and `layer_norm` give.
+    """Transformer blocks one after another: (the last one's output, `after` of that, or None). Every value is what
+    `linear`, `attention` and `layer_norm` give.
 
     Args:
-        x: (B, N, D), bfloat16, D and the hidden values multiples of 32. normed: the first norm of x, or None.
-        weights, biases: the block's two norms', those of the norm after it if it is wanted, those of qkv, proj, fc1 and
-            fc2; contiguous. The weights, and the norms' biases, are all bfloat16, or all float32, which is rounded as
-            it is read; the others are float32.
-        scales: eps and scale of each norm. window: as for `attention`.
+        x: (B, N, D), bfloat16. normed: the first block's norm1 of it, or None.
+        chain: the blocks, one or more. after: the norm after them, in their dtype.
+        window: as for `attention`. cu_seqlens: (images + 1,) int32, from 0 to N, beside x (1, N, D) of packed images.
 
     Raises:
-        ValueError, NotImplementedError, MemoryError: as there.
+        ValueError: the head dim, or what cu_seqlens hold. NotImplementedError: the CPU has no AMX. MemoryError.
     """
-    wants_after = len(scales) == 3
-    out, after = x.new_empty(x.shape), x.new_empty(x.shape) if wants_after else None
+    out = x.new_empty(x.shape)
+    out_normed = x.new_empty(x.shape) if after is not None or len(chain) > 1 else None
     if not out.numel():
-        return out, after
+        return out, None if after is None else out_normed
     images, N, D = x.shape
-    hidden = weights[-2].shape[0]
+    hidden = max(block.fc2.weight.shape[1] for block in chain)
     workspace = x.new_empty(images * N * (max(3 * D, hidden) + 2 * D))
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+        images = cu_seqlens.shape[0] - 1
     _, width, side = window or (0, 0, 0)
     x, normed = x.contiguous(), None if normed is None else normed.contiguous()
-    addresses = [0 if t is None else t.data_ptr() for t in (x, normed, out, after, workspace)]
-    pairs = [
-        (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-        for weight, bias in zip(weights, biases, strict=True)
-    ]
-    norms = [(*pair, *scale) for pair, scale in zip(pairs, scales, strict=False)]
-    if not wants_after:
-        norms.append((0, 0, 0.0, 0.0))
-    sizes = images, N, D, num_heads, hidden, width, side, DTYPES[weights[0].dtype], torch.get_num_threads()
-    _call("rf_cpu_block", _BLOCK.pack(*addresses, *chain(*norms, *pairs[-4:]), *sizes))
-    return out, after
+    norms = [*(_pack_norm(block.norm1) for block in chain[1:]), _pack_norm(after)]
+    inputs = (x.data_ptr(), _address(normed)), (out.data_ptr(), _address(out_normed))
+    threads, packed = torch.get_num_threads(), []
+    for i, (block, following) in enumerate(zip(chain, norms, strict=True)):
+        wanted = following[0] and out_normed.data_ptr()
+        addresses = *inputs[i > 0], out.data_ptr(), wanted, workspace.data_ptr(), _address(cu_seqlens)
+        layers = itertools.chain.from_iterable((layer.weight.data_ptr(), _address(layer.bias)) for layer in block[2:6])
+        sizes = images, N, D, block.num_heads, block.fc2.weight.shape[1], width, side
+        kinds = ACTIVATIONS[block.activation], DTYPES[block.qkv.weight.dtype], threads
+        both = *_pack_norm(block.norm1), *_pack_norm(block.norm2)
+        packed.append(_BLOCK.pack(*addresses, *both, *following, *layers, *sizes, *kinds))
+    _call("rf_cpu_blocks", b"".join(packed), len(packed))
+    return out, None if after is None else out_normed

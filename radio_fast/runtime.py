@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from radio_fast.ops._dispatch import BACKENDS, why_not_triton
+from radio_fast.ops._dispatch import BACKENDS, why_not_native_cpu, why_not_triton
 
 DTYPES = {
     "float32": torch.float32,
@@ -49,11 +49,16 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """`backend`, once it is known that it can run on `device`.
 
     Raises:
-        ValueError: a name that is no backend, or "triton" where the kernels can't run; the message says why.
+        ValueError: a name that is no backend, or "triton" or "cpu" where those kernels can't run; the message
+            says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    reason = why_not_triton(device, needs_dot=True) if backend == "triton" else None
+    reason = None
+    if backend == "triton":
+        reason = why_not_triton(device, needs_dot=True)
+    elif backend == "cpu":
+        reason = why_not_native_cpu(device, torch.bfloat16)
     if reason is not None:
-        raise ValueError(f"backend 'triton' can't run on {device}: {reason}")
+        raise ValueError(f"backend {backend!r} can't run on {device}: {reason}")
     return backend

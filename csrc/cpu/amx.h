@@ -78,6 +78,23 @@ inline __m512 gelu(__m512 x) {
     return _mm512_mul_ps(x, _mm512_fmadd_ps(t, r, _mm512_set1_ps(0.5f)));
 }
 
+/* 2^x, and 2⁻¹²⁶ for less, to 2⁻¹³: what comes of it is rounded to bfloat16, 2⁻⁹. */
+inline __m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, whole);
+    __m512 r = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0558265f), _mm512_set1_ps(0.2401397f));
+    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.6931399f));
+    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.9999998f));
+    return _mm512_scalef_ps(r, whole);
+}
+
+/* x · σ(x). */
+inline __m512 silu(__m512 x) {
+    __m512 e = exp2_of(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1)));
+}
+
 /* Of 16 rows of 64 bytes the 4-byte words 4q…4q + 3, each as a row. The first two of a plain transposition's four passes
  * of shuffles, for which there is but one port, are loads here. `rows` ≤ 16 of them are there, the others are zeros. */
 inline __attribute__((always_inline)) void transpose_quarter(

@@ -56,17 +56,6 @@ struct Sequence {
     bf16 *result(int64_t i) const { return p.out + (image * p.N + token(i)) * p.heads * p.d; }
 };
 
-/* 2^x for x ≤ 0, to 2⁻¹³: the result is rounded to bfloat16, 2⁻⁹. */
-inline __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, whole);
-    __m512 r = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0558265f), _mm512_set1_ps(0.2401397f));
-    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.6931399f));
-    r = _mm512_fmadd_ps(r, f, _mm512_set1_ps(0.9999998f));
-    return _mm512_scalef_ps(r, whole);
-}
-
 struct Body {
     const Problem &p;
     int64_t longest;

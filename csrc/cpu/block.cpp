@@ -1,14 +1,21 @@
-/* A transformer block in one call: between seven of them the caller's own work finds the caches full of weights. */
+/* Transformer blocks in one call: between seven of one the caller's own work finds the caches full of weights. */
 #include "cpu.h"
 
-rf_cpu_status rf_cpu_block(const rf_cpu_block_arguments *block) {
-    using namespace rf;
-    const rf_cpu_block_arguments &b = *block;
-    clear_error();
-    if (b.images < 0 || b.N < 0 || b.heads < 1 || b.D < 32 || b.D % 32 || b.D % b.heads || b.hidden < 32 || b.hidden % 32)
-        return fail(RF_CPU_BAD_ARGUMENT, "D and hidden must be multiples of 32, got %lld and %lld", (long long)b.D,
-                    (long long)b.hidden);
-    const int64_t rows = b.images * b.N, D = b.D;
+namespace rf {
+namespace {
+
+bool covers(const int32_t *starts, int64_t images, int64_t tokens) {
+    for (int64_t i = 0; i < images; i++)
+        if (starts[i] > starts[i + 1]) return false;
+    return starts[0] == 0 && starts[images] == tokens;
+}
+
+rf_cpu_status run(const rf_cpu_block_arguments &b) {
+    if (b.images < 0 || b.N < 0 || b.heads < 1 || b.D < 1 || b.D % b.heads || b.hidden < 1)
+        return fail(RF_CPU_BAD_ARGUMENT, "%lld heads do not divide D = %lld", (long long)b.heads, (long long)b.D);
+    if (b.cu_seqlens && !covers(b.cu_seqlens, b.images, b.N))
+        return fail(RF_CPU_BAD_ARGUMENT, "cu_seqlens must ascend from 0 to %lld", (long long)b.N);
+    const int64_t rows = b.cu_seqlens ? b.N : b.images * b.N, D = b.D;
     const int dtype = static_cast<int>(b.weight_dtype), threads = static_cast<int>(b.threads);
     // Below that the threads take longer to start than to work.
     const int norm_threads = rows * D > 1 << 15 ? threads : 1;
@@ -23,16 +30,26 @@ rf_cpu_status rf_cpu_block(const rf_cpu_block_arguments *block) {
                              act, threads);
     };
     auto attention = [&] {
-        return rf_cpu_attention(wide, nullptr, nullptr, mixed, b.images, b.N, rows, b.heads, D / b.heads, b.N * 3 * D, 3 * D,
-                                b.width, b.window, threads);
+        return rf_cpu_attention(wide, b.cu_seqlens, nullptr, mixed, b.images, b.N, rows, b.heads, D / b.heads, b.N * 3 * D,
+                                3 * D, b.width, b.window, threads);
     };
     rf_cpu_status status = RF_CPU_OK;
     auto done = [&](rf_cpu_status now) { return (status = now) == RF_CPU_OK; };
     (b.normed || done(norm(b.norm1, b.x, s))) &&
         done(linear(b.qkv, b.normed ? b.normed : s, D, nullptr, wide, 3 * D, RF_CPU_NONE)) && done(attention()) &&
         done(linear(b.proj, mixed, D, b.x, s, D, RF_CPU_NONE)) && done(norm(b.norm2, s, mixed)) &&
-        done(linear(b.fc1, mixed, D, nullptr, wide, b.hidden, RF_CPU_GELU)) &&
+        done(linear(b.fc1, mixed, D, nullptr, wide, b.hidden, static_cast<int>(b.activation))) &&
         done(linear(b.fc2, wide, b.hidden, s, b.out, D, RF_CPU_NONE)) &&
         (!b.out_normed || done(norm(b.after, b.out, b.out_normed)));
+    return status;
+}
+
+}  // namespace
+}  // namespace rf
+
+rf_cpu_status rf_cpu_blocks(const rf_cpu_block_arguments *blocks, int64_t count) {
+    rf::clear_error();
+    rf_cpu_status status = RF_CPU_OK;
+    for (int64_t i = 0; i < count && status == RF_CPU_OK; i++) status = rf::run(blocks[i]);
     return status;
 }

@@ -28,7 +28,7 @@ typedef enum {
 } rf_cpu_status;
 
 typedef enum { RF_CPU_BFLOAT16 = 1, RF_CPU_FLOAT32 = 2 } rf_cpu_dtype;
-typedef enum { RF_CPU_NONE = 0, RF_CPU_GELU = 1 } rf_cpu_activation;
+typedef enum { RF_CPU_NONE = 0, RF_CPU_GELU = 1, RF_CPU_SWIGLU = 2 } rf_cpu_activation;
 
 /* RF_CPU_ABI_VERSION of the library. */
 RF_CPU_API int rf_cpu_abi_version(void);
@@ -42,8 +42,9 @@ RF_CPU_API const char *rf_cpu_features(void);
 /* out = residual + act(x · weightᵀ + bias), in bfloat16.
  *
  * x: (M, K), weight: (N, K), residual: (M, N) or null, out: (M, N); values adjacent, stride_* from row to row.
- * weight: in `weight_dtype`; float32 is rounded as it is read. K: a multiple of 32. bias: (N) float32, or null. act: one of rf_cpu_activation; the GELU is the exact one.
- * out overlaps nothing else.
+ * weight: in `weight_dtype`; float32 is rounded as it is read. bias: (N) float32, or null. act: one of rf_cpu_activation;
+ * the GELU is the exact one. SwiGLU: silu(a)·b, of a weight (2·N, K) and bias (2·N) the first half gives a, the second b;
+ * there is then no residual. out overlaps nothing else.
  */
 RF_CPU_API rf_cpu_status rf_cpu_linear(
     const void *x, const void *weight, const float *bias, const void *residual, void *out, int64_t M, int64_t N,
@@ -83,22 +84,26 @@ typedef struct {
 } rf_cpu_norm;
 
 /* A transformer block in bfloat16, and the next one's first norm:
- *     s = x + proj(attention(qkv(norm1(x)))),  out = s + fc2(gelu(fc1(norm2(s)))),  out_normed = after(out).
+ *     s = x + proj(attention(qkv(norm1(x)))),  out = s + fc2(act(fc1(norm2(s)))),  out_normed = after(out).
  *
- * x, out, normed, out_normed: (images, N, D), contiguous, they overlap nothing. normed: norm1(x) if it is known, else null.
+ * x, out, normed, out_normed: (images, N, D), contiguous; out may be x, out_normed be normed, they overlap nothing else.
+ * normed: norm1(x) if it is known, else null.
  * out_normed: or null. workspace: of the caller, images · N · (max(3 · D, hidden) + 2 · D) values of bfloat16.
- * Weights and the norms' parameters in `weight_dtype`, contiguous. D, hidden: multiples of 32. width, window: as for
- * rf_cpu_attention. Every value is what the functions above give.
+ * Weights and the norms' parameters in `weight_dtype`, contiguous. activation: of fc1, one of rf_cpu_activation.
+ * width, window: as for rf_cpu_attention. cu_seqlens: null; or images + 1 numbers, where each packed image begins, 0 to N:
+ * x has N rows then. Every value is what the functions above give.
  */
 typedef struct {
     const void *x, *normed;
     void *out, *out_normed, *workspace;
+    const int32_t *cu_seqlens;
     rf_cpu_norm norm1, norm2, after;
     rf_cpu_layer qkv, proj, fc1, fc2;
-    int64_t images, N, D, heads, hidden, width, window, weight_dtype, threads;
+    int64_t images, N, D, heads, hidden, width, window, activation, weight_dtype, threads;
 } rf_cpu_block_arguments;
 
-RF_CPU_API rf_cpu_status rf_cpu_block(const rf_cpu_block_arguments *block);
+/* `count` blocks one after another, up to the first that fails. */
+RF_CPU_API rf_cpu_status rf_cpu_blocks(const rf_cpu_block_arguments *blocks, int64_t count);
 
 #ifdef __cplusplus
 }

@@ -57,9 +57,10 @@ class Block(nn.Module):
 
         `normed`: norm1 of x, where the block before has made it.
         """
-        whole = cpu_block.step(self, x, normed, after, window)
+        whole = cpu_block.run((self,), x, normed, after, window)
         if whole is not None:
-            return whole
+            x, normed, _ = whole
+            return x, after(x) if normed is None and after is not None else normed
         y = self.norm1(x) if normed is None else normed
         y = self.attn.mix(self.attn.qkv(y), window)
         x, y = add_norm(self.attn.proj, y, x, self.norm2)

@@ -1,7 +1,8 @@
-"""A block in one call of the CPU kernels: at batch 1 seven calls' own work is a tenth of the time."""
+"""Blocks in one call of the CPU kernels: at batch 1 seven calls' own work, for each of them, is a tenth of the time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +11,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from radio_fast import native_cpu
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.mlp import Linear, Mlp, untouched
+from radio_fast.layers.mlp import Linear, Mlp, SwiGLU, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
+from radio_fast.layers.packing import Segments
+from radio_fast.native_cpu import BlockParameters, Layer, Norm
 from radio_fast.ops import _dispatch
 from radio_fast.ops.attention import ATTENTION, HEAD_DIMS
 from radio_fast.ops.linear import LINEAR, LINEAR_ADD_NORM
@@ -20,69 +23,127 @@ from radio_fast.ops.norm import LAYER_NORM, MAX_WIDTH
 if TYPE_CHECKING:
     from radio_fast.layers.block import Block
 
+BACKENDS = ("auto", _dispatch.CPU_OR_REFERENCE)
 OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ATTENTION)
+LONGEST = 1 << 36  # multiply-adds in one call, about 50 ms: only between calls Ctrl-C is heard
 
 
-def step(
-    block: Block,
+def run(
+    blocks: Sequence[Block],
     x: Tensor,
     normed: Tensor | None,
     after: LayerNorm | DynamicTanh | None,
-    window: tuple[int, int, int] | int | None,
-) -> tuple[Tensor, Tensor | None] | None:
-    """`Block.step`, to the bit; None where its parts have to be called: any of them is not as it was made, or another
-    implementation runs it, or it is not for the kernel.
+    window: tuple[int, int, int] | Segments | int | None,
+) -> tuple[Tensor, Tensor | None, int] | None:
+    """`Block.step` of as many of `blocks` as go into one call, to the bit: (x, the next one's norm1 of it, how many).
+
+    `after`: the norm after all of them. None where the first one's parts have to be called: any of them is not as it
+    was made, or another implementation runs it, or it is not for the kernel.
     """
-    if x.dtype != torch.bfloat16 or x.ndim != 3:
+    if torch.compiler.is_compiling() or x.dtype != torch.bfloat16 or x.ndim != 3 or _has_any_global_hook():
         return None
-    if window is not None and type(window) is not tuple:  # packed images, or a map's windows
+    starts = None
+    if isinstance(window, Segments):
+        starts, lengths = window
+        if not _packs(starts, lengths, x):
+            return None
+        window = None
+    elif window is not None and not (type(window) is tuple and _tiles(window, x)):
         return None
-    attn, mlp = block.attn, block.mlp
-    if not (untouched(attn, Attention) and untouched(mlp, Mlp)) or mlp.norm is not None or _has_any_global_hook():
+    chain, work = [], 0
+    for block in blocks:
+        parameters = _parameters(block, x.shape[2])
+        if parameters is None or (chain and parameters.qkv.weight.dtype != chain[0].qkv.weight.dtype):
+            break
+        chain.append(parameters)
+        work += x.shape[0] * x.shape[1] * sum(layer.weight.numel() for layer in parameters[2:6])
+        if work > LONGEST:
+            break
+    if not chain:
         return None
-    norms = (block.norm1, block.norm2) if after is None else (block.norm1, block.norm2, after)
-    layers = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-    if not (all(untouched(m, LayerNorm) for m in norms) and all(untouched(m, Linear) for m in layers)):
+    if len(chain) < len(blocks):
+        after = blocks[len(chain)].norm1
+    after = _norm(after, x.shape[2], chain[0].qkv.weight.dtype)
+    tensors = [t for parameters in chain for t in _tensors(parameters)]
+    others = [normed, starts, *(after or ())[:2]]
+    if not _dispatch.kernels_run_all(OPS, (x, *(t for t in others if t is not None), *tensors)):
         return None
-    if any(m.backend != "auto" for m in (attn, *norms, *layers)):
-        return None
-    if [m.activation for m in layers] != [None, None, "gelu", None]:
+    return *native_cpu.blocks(x, normed, chain, after, window, starts), len(chain)
+
+
+def _packs(starts: Tensor, lengths: tuple[int, ...], x: Tensor) -> bool:
+    """Whether these images make up x; the kernel looks at the values of `starts`."""
+    shape = (1, sum(lengths)), (len(lengths) + 1,)
+    return starts.dtype == torch.int32 and (x.shape[:2], starts.shape) == shape
+
+
+def _tiles(window: tuple[int, int, int], x: Tensor) -> bool:
+    h, w, k = window
+    return h * w == x.shape[1] and not (h % k or w % k)
+
+
+def _norm(norm: LayerNorm | DynamicTanh | None, D: int, dtype: torch.dtype) -> Norm | None:
+    if not untouched(norm, LayerNorm) or norm.backend not in BACKENDS:
         return None
     # Where a module keeps them: an attribute takes ten times as long, and there are many.
-    weights = [m._parameters.get("weight") for m in (*norms, *layers)]
-    biases = [m._parameters.get("bias") for m in (*norms, *layers)]
-    if not _fits(x, normed, weights, biases, attn.num_heads, window):
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    if weight is None or weight.shape != (D,) or not _like(dtype, weight, bias):
         return None
-    scales = [(m.eps, m.scale) for m in norms]
-    return native_cpu.block(x, normed, weights, biases, scales, attn.num_heads, window)
+    return Norm(weight, bias, norm.eps, norm.scale)
 
 
-def _fits(
-    x: Tensor,
-    normed: Tensor | None,
-    weights: list[Tensor | None],
-    biases: list[Tensor | None],
-    heads: int,
-    window: tuple[int, int, int] | None,
-) -> bool:
-    """Whether the kernel takes such shapes and dtypes, and "auto" would run it."""
-    if any(weight is None for weight in weights):
-        return False
-    D, hidden, dtype, norms = x.shape[2], weights[-2].shape[0], weights[0].dtype, len(weights) - 4
-    if D % 32 or hidden % 32 or D > MAX_WIDTH or D % heads or D // heads not in HEAD_DIMS:
-        return False
-    if window is not None:
-        h, w, k = window
-        if h * w != x.shape[1] or h % k or w % k:
-            return False
-    shapes = [*[(D,)] * norms, (3 * D, D), (D, D), (hidden, D), (D, hidden)]
-    if dtype not in native_cpu.DTYPES or [weight.shape for weight in weights] != shapes:
-        return False
-    for i, bias in enumerate(biases):
-        wanted = dtype if i < norms else torch.float32
-        if bias is not None and (bias.dtype != wanted or bias.shape != shapes[i][:1]):
-            return False
-    parameters = [*weights, *(bias for bias in biases if bias is not None)]
-    if any(weight.dtype != dtype for weight in weights) or not all(t.is_contiguous() for t in parameters):
-        return False
-    return _dispatch.kernels_run_all(OPS, (x, *parameters) if normed is None else (x, normed, *parameters))
+def _layer(linear: Linear, shape: tuple[int, int], activation: str | None, dtype: torch.dtype) -> Layer | None:
+    if not untouched(linear, Linear) or linear.backend not in BACKENDS or linear.activation != activation:
+        return None
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if weight is None or weight.shape != shape or weight.dtype != dtype or not weight.is_contiguous():
+        return None
+    if bias is not None and not (bias.shape == shape[:1] and _like(torch.float32, bias, None)):
+        return None
+    return Layer(weight, bias)
+
+
+def _like(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        weight.dtype == dtype
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == dtype and bias.shape == weight.shape and bias.is_contiguous()))
+    )
+
+
+def _parameters(block: Block, D: int) -> BlockParameters | None:
+    """What the kernel takes of a block of width D, if nothing in it is another than it was made to be."""
+    attn, mlp = block.attn, block.mlp
+    if not untouched(attn, Attention) or attn.backend not in BACKENDS or D > MAX_WIDTH:
+        return None
+    if untouched(mlp, Mlp) and mlp.norm is None:
+        expand, contract = mlp.fc1, mlp.fc2
+    elif untouched(mlp, SwiGLU):
+        expand, contract = mlp.w12, mlp.w3
+    else:
+        return None
+    if D % attn.num_heads or D // attn.num_heads not in HEAD_DIMS or not untouched(contract, Linear):
+        return None
+    weight, activation = contract._parameters.get("weight"), getattr(expand, "activation", None)
+    if weight is None or weight.ndim != 2 or weight.dtype not in native_cpu.DTYPES:
+        return None
+    if activation not in native_cpu.ACTIVATIONS:
+        return None
+    hidden, dtype = weight.shape[1], weight.dtype
+    wide = 2 * hidden if activation == "swiglu" else hidden
+    parts = (
+        _norm(block.norm1, D, dtype),
+        _norm(block.norm2, D, dtype),
+        _layer(attn.qkv, (3 * D, D), None, dtype),
+        _layer(attn.proj, (D, D), None, dtype),
+        _layer(expand, (wide, D), activation, dtype),
+        _layer(contract, (D, hidden), None, dtype),
+    )
+    return BlockParameters(*parts, attn.num_heads, activation) if all(part is not None for part in parts) else None
+
+
+def _tensors(parameters: BlockParameters) -> Iterator[Tensor]:
+    for part in parameters[:6]:
+        yield part[0]
+        if part[1] is not None:
+            yield part[1]

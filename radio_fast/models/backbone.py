@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from radio_fast.layers.block import Block
 from radio_fast.layers.norm import LayerNorm
+from radio_fast.ops._dispatch import backend_of_ops
 
 
 class Backbone(nn.Module):
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
 
     def set_backend(self, backend: str, fuse_norm: bool = False) -> None:
         """Which implementation of the ops the layers ask for; `fuse_norm`: LayerNorm inside the linears after it."""
+        backend = backend_of_ops(backend)
         for module in self.modules():
             if hasattr(module, "backend"):
                 module.backend = backend

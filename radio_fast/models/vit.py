@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, cat, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from radio_fast.layers import cpu_block
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.block import Block, call, call_rowwise
 from radio_fast.layers.mlp import Mlp, SwiGLU, untouched
@@ -112,6 +113,16 @@ class VisionTransformer(Backbone):
         """
         return self._run(x, packing.tokens, None, lambda x: (x, packing.windows(x)), packing.put_back)
 
+    def _alike(self, first: int, last: int) -> list[Block]:
+        """The blocks from `first` on, at most to `last`, that take the same tokens, all of them as they were made."""
+        alike = []
+        for i in range(first, last + 1):
+            block = self.blocks[i]
+            if (i in self.windowed) != (first in self.windowed) or not untouched(block, Block) or block.fuse_norm:
+                break
+            alike.append(block)
+        return alike
+
     def _run(
         self,
         x: Tensor,
@@ -125,25 +136,28 @@ class VisionTransformer(Backbone):
         """The blocks with `window` = everywhere, or inside on the second part of x if they are windowed."""
         last = len(self.blocks) - 1 if last is None else last
         called = not torch.compiler.is_compiling() and _has_any_global_hook()  # whoever hooks all modules sees blocks
+        in_one_call = visit is None and x.is_cpu and not torch.compiler.is_compiling()
         aside = normed = None
-        for i, block in enumerate(self.blocks):
-            windowed = i in self.windowed
+        i = 0
+        while i <= last:
+            block, windowed = self.blocks[i], i in self.windowed
             if windowed and aside is None:
                 aside, x = part(x)
             elif aside is not None and not windowed:
                 aside, x = None, put_back(aside, x)
             window = inside if windowed else everywhere
-            if called or not untouched(block, Block) or block.fuse_norm:
-                x, normed = call(block, x, window), None
+            alike = [] if called else self._alike(i, last if in_one_call else min(i + 1, last))
+            whole = cpu_block.run(alike, x, normed, None, window) if in_one_call and alike else None
+            if whole is not None:
+                x, normed, count = whole
+            elif alike:
+                after = alike[1].norm1 if len(alike) > 1 else None
+                (x, normed), count = block.step(x, normed, after, window), 1
             else:
-                after = None
-                if i < last and windowed == (i + 1 in self.windowed):  # the next block takes the same tokens
-                    after = self.blocks[i + 1].norm1 if untouched(self.blocks[i + 1], Block) else None
-                x, normed = block.step(x, normed, after, window)
+                x, normed, count = call(block, x, window), None, 1
             if visit is not None:
                 visit(i, x if aside is None else put_back(aside, x))
-            if i == last:
-                break
+            i += count
         return x if aside is None else put_back(aside, x)
 
     def forward(

@@ -21,7 +21,8 @@ from radio_fast import native, native_cpu
 from radio_fast.arch import arch_of
 from radio_fast.ops._state import overrides, torch_is_plain
 
-BACKENDS = ("auto", "reference", "triton")  # of a whole model; "cuda", "cpu" and others are some ops'
+BACKENDS = ("auto", "reference", "triton", "cpu")  # of a whole model; "cuda" and others are some ops'
+CPU_OR_REFERENCE = "cpu or reference"  # of the ops in a whole model on "cpu", which has no kernel for some
 LIBRARY = torch.library.Library("radio_fast", "FRAGMENT")
 HALF = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (*HALF, torch.float32)
@@ -113,6 +114,11 @@ def _why_not_now(args: tuple) -> str | None:
     return None
 
 
+def backend_of_ops(backend: str) -> str:
+    """What the ops are asked for where a whole model, or the environment, asks for `backend`."""
+    return CPU_OR_REFERENCE if backend == "cpu" else backend
+
+
 def accelerated(device: torch.device) -> bool:
     """Whether "auto" ranks implementations on `device`, shipped or measured."""
     return device.type == "cuda"
@@ -191,6 +197,7 @@ class Op:
 
         Args:
             backend: what the caller wants; the environment's RADIO_FAST_<OP>, else RADIO_FAST_BACKEND, replaces "auto".
+                CPU_OR_REFERENCE is refused where the CPU kernels can't run at all, not for their `limits`.
             args: of the call; the first one is a tensor, and says on which device and in which dtype.
             limits: what the call breaks of an implementation's limits, by its name.
 
@@ -199,9 +206,14 @@ class Op:
         """
         if backend == "auto":
             named = overrides()
-            backend = named.get(self.variable) or named.get("RADIO_FAST_BACKEND", "auto")
+            backend = named.get(self.variable) or backend_of_ops(named.get("RADIO_FAST_BACKEND", "auto"))
         if backend == "reference":
             return "reference"
+        if backend == CPU_OR_REFERENCE:
+            reason = why_not_native_cpu(args[0].device, args[0].dtype) or _why_not_now(args)
+            if reason is not None:
+                raise ValueError(f"backend 'cpu' can't run here: {reason}")
+            return self._on_cpu(args[0].dtype, limits)
         if backend != "auto":
             self._require(backend, args, limits)
             return backend

@@ -9,7 +9,9 @@ from torch import Tensor
 from radio_fast import native_cpu
 from radio_fast.ops import _dispatch
 from radio_fast.ops._dispatch import (
+    CPU_OR_REFERENCE,
     Op,
+    backend_of_ops,
     bucket,
     cpu_limit,
     limit_of,
@@ -111,8 +113,8 @@ def _cpu_limit(
 ) -> str | None:
     if activation not in native_cpu.ACTIVATIONS:
         return f"{activation} is not in it"
-    if weight.shape[1] % 32:
-        return f"K must be a multiple of 32, got {weight.shape[1]}"
+    if activation == "swiglu" and any(other is not None for other in others):
+        return "a residual after swiglu is not in it"
     return cpu_limit((torch.bfloat16,), x, weight, bias, *others)
 
 
@@ -226,9 +228,11 @@ def linear_add_norm(
     """
     args = (x, weight, bias, residual, norm_weight, norm_bias, eps, norm_scale)
     if backend == "auto" and LINEAR_ADD_NORM.variable not in overrides():
-        backend = overrides().get("RADIO_FAST_BACKEND", "auto")  # of the two parts
+        backend = backend_of_ops(overrides().get("RADIO_FAST_BACKEND", "auto"))  # of the two parts
         if any(part.variable in overrides() for part in (LINEAR, LAYER_NORM, ADD_LAYER_NORM)):
             return _deferred(*args)  # each as it was named
+    if backend == CPU_OR_REFERENCE:
+        return _epilogue(*args, backend=backend)
     if backend not in ("auto", "reference"):
         return _deferred(*args, backend=backend)
     limits = {"cpu": None if x.dtype == torch.bfloat16 else "its product is bfloat16"}
@@ -296,7 +300,7 @@ register(
 _linear_cpu = register_cpu(
     "linear_cpu",
     "(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual) -> Tensor",
-    lambda x, weight, bias, activation, residual: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda x, weight, bias, activation, residual: x.new_empty((*x.shape[:-1], _out_features(weight, activation))),
     native_cpu.linear,
 )
 

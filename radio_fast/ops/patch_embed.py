@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio_fast.ops._dispatch import Op, bucket, limit_of, register, sm_of, triton_runs
+from radio_fast.ops._dispatch import (
+    Op,
+    bucket,
+    cpu_limit,
+    limit_of,
+    register,
+    sm_of,
+    triton_runs,
+    why_not_native_cpu,
+)
+from radio_fast.ops.linear import linear
 
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,19 +44,28 @@ def patch_embed_ref(
     rows: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> Tensor:
+    patches = F.linear(_patches(image, weight.dtype, patch_size, mean, std), weight, bias)
+    patches = patches + (pos if rows is None else pos.index_select(0, rows[0]).unsqueeze(1))
+    return _with_prefix(patches, prefix, rows, starts)
+
+
+def _patches(image: Tensor, dtype: torch.dtype, patch_size: int, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    """(B, T, 3·p·p) in `dtype`, normalised."""
     if image.dtype == torch.uint8:
         image = image.float() / 255
     if mean is not None:
         image = (image.float() - mean) / std
-    patches = F.linear(patchify(image.to(weight.dtype), patch_size), weight, bias)
+    return patchify(image.to(dtype), patch_size)
+
+
+def _with_prefix(patches: Tensor, prefix: Tensor, rows: Tensor | None, starts: Tensor | None) -> Tensor:
     if rows is not None:
-        patches = patches.squeeze(1) + pos.index_select(0, rows[0])
+        patches = patches.squeeze(1)
         images, P = starts.shape[0] - 1, prefix.shape[0]
         first = starts[:-1, None] + torch.arange(P, device=starts.device)
         out = patches.new_empty((patches.shape[0] + images * P, patches.shape[1]))
         out = out.index_copy(0, rows[1].long(), patches)
         return out.index_copy(0, first.flatten(), prefix.to(patches.dtype).repeat(images, 1))
-    patches = patches + pos
     prefix = prefix.to(patches.dtype).expand(patches.shape[0], -1, -1)
     return torch.cat([prefix, patches], dim=1)
 
@@ -118,7 +137,10 @@ def patch_embed(
         model's dtype.
     """
     args = (image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts)
-    return PATCH_EMBED(backend, args, {"triton": _limit(*args)})
+    limit = cpu = _limit(*args)
+    if limit is None and image.device.type == "cpu":
+        cpu = cpu_limit((torch.bfloat16,), weight, image, bias, pos, prefix, mean, std, rows, starts)
+    return PATCH_EMBED(backend, args, {"triton": limit, "cpu": cpu})
 
 
 # -- operator --------------------------------------------------------------------------------------------------
@@ -146,6 +168,13 @@ register(
 )
 
 
+def _cpu(image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts) -> Tensor:
+    """The plain form with positions added to the product's float32 sums."""
+    patches = _patches(image, weight.dtype, patch_size, mean, std)
+    pos = pos.expand(image.shape[0], -1, -1) if rows is None else pos.index_select(0, rows[0]).unsqueeze(1)
+    return _with_prefix(linear(patches, weight, bias, None, pos, backend="cpu"), prefix, rows, starts)
+
+
 def _key(image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts) -> str | None:
     if rows is not None:
         return None  # only the kernel does it in one
@@ -155,3 +184,4 @@ def _key(image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts) 
 
 PATCH_EMBED = Op("patch_embed", patch_embed_ref, _key)
 PATCH_EMBED.add("triton", torch.ops.radio_fast.patch_embed, triton_runs(needs_dot=True))
+PATCH_EMBED.add("cpu", _cpu, why_not_native_cpu, shipped=IMAGE_DTYPES)

@@ -12,8 +12,9 @@ from torch import nn
 import radio_fast
 from radio_fast import doctor, native_cpu, ops
 from radio_fast.ops import _dispatch
+from radio_fast.runtime import resolve_backend
 from tests.conftest import golden_source
-from tests.numerics import assert_tokens
+from tests.numerics import assert_tokens, assert_within
 
 BF16 = torch.bfloat16
 REASON = native_cpu.why_not_native_cpu()
@@ -31,6 +32,38 @@ def calls(monkeypatch) -> list[str]:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(0)).to(BF16)
+
+
+def embed(image: torch.Tensor, p: int, dtype: torch.dtype, backend: str, rows=None, starts=None) -> torch.Tensor:
+    def random(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(BF16).to(dtype)
+
+    T = image.shape[2] * image.shape[3] // p**2 if rows is None else 5
+    mean, std = torch.tensor([0.4, 0.5, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+    args = image, random(40, 3 * p * p) / p, random(40), random(T, 40), random(3, 40), p, mean, std, rows, starts
+    return ops.patch_embed(*args, backend=backend)
+
+
+@needs_amx
+@pytest.mark.parametrize("p", (16, 14, 3))
+@pytest.mark.parametrize("kind", (torch.float32, BF16, torch.uint8, "packed"))
+def test_patches(p, kind, calls):
+    image = torch.rand(2, 3, 2 * p, 3 * p, generator=torch.Generator().manual_seed(0))
+    packing = ()
+    if kind == "packed":  # two images, of two and four patches, each after three rows of its prefix
+        image = image.repeat(3, 1, 1, 1)[:, :, :p, :p]
+        rows = [[0, 4, 1, 3, 2, 0], [3, 4, 8, 9, 10, 11]]
+        packing = torch.tensor(rows, dtype=torch.int32), torch.tensor([0, 5, 12], dtype=torch.int32)
+    else:
+        image = (image * 255).to(kind) if kind == torch.uint8 else image.to(kind)
+    wide = image.float() / 255 if kind == torch.uint8 else image.float()
+    truth = embed(wide, p, torch.float32, "reference", *packing)
+    plain = embed(image, p, BF16, "reference", *packing)
+    assert not calls
+    assert_within(embed(image, p, BF16, "auto", *packing), truth, plain)
+    assert calls == ["rf_cpu_linear"]
+    embed(image, p, torch.float32, "auto", *packing)
+    assert len(calls) == 1
 
 
 def everything(x: torch.Tensor, backend: str = "auto") -> list[torch.Tensor]:
@@ -71,17 +104,16 @@ def test_float16_is_not_for_them(x, calls):
 @needs_amx
 def test_what_the_kernels_lack_is_plain_torch(x, calls):
     weight = torch.eye(96, dtype=BF16)
-    ops.linear(x, weight, None, "swiglu")
+    ops.linear(x, weight, None, "swiglu", x[..., :48])
     ops.linear(x, weight, None, "silu")
     ops.linear(x, weight, None, None, x, x[0, 0])
-    ops.linear(x[..., :48], weight[:, :48], None)
     ops.add_layer_norm(x, x, x[0, 0], x[0, 0], x[0, 0], 1e-6)
     ops.attention(x, 2)
     assert calls == ["rf_cpu_attention"]
     for arguments, reason in (
-        ((x, weight, None, "swiglu"), "swiglu is not in it"),
+        ((x, weight, None, "swiglu", x[..., :48]), "a residual after swiglu is not in it"),
         ((x, weight, None, None, None, x[0, 0]), "LayerScale is not in it"),
-        ((x[..., :48], weight[:, :48], None), "K must be a multiple of 32, got 48"),
+        ((x, weight, None, "silu"), "silu is not in it"),
     ):
         with pytest.raises(ValueError, match=f"cpu backend of linear can't run here: {reason}"):
             ops.linear(*arguments, backend="cpu")
@@ -208,6 +240,40 @@ def test_a_whole_model(autocast, calls):
         assert bool(calls) == (backend == "auto")
     assert found["auto"].features.dtype == found["reference"].features.dtype
     assert_tokens(found["auto"].features, found["reference"].features.float(), 0.995)
+
+
+@needs_amx
+def test_a_whole_model_by_name(calls, monkeypatch):
+    """Plain PyTorch where an op has no kernel, an error where none can run; the environment does not replace it."""
+    x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    model = radio_fast.load(golden_source("vit_h16"), backend="cpu").to(BF16)
+    expected = model(x)
+    assert "rf_cpu_blocks" in calls and model.backend == "cpu"
+    calls.clear()
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "reference")
+    assert "rf_cpu_linear" not in calls and torch.equal(model(x).features, expected.features) and calls
+    monkeypatch.setenv("RADIO_FAST_BACKEND", "cpu")
+    model.backend = "auto"
+    calls.clear()
+    assert_tokens(model(x).features, expected.features.float(), 0.999)
+    assert "rf_cpu_linear" in calls
+    model.float()(x)
+    with pytest.raises(ValueError, match="backend 'cpu' can't run here: the kernels have no backward"):
+        model.requires_grad_()(x)
+
+
+def test_a_whole_model_by_name_says_why_not(without_amx):
+    reason = "ONEDNN_MAX_CPU_ISA=AVX512_CORE takes AMX away"
+    with pytest.raises(ValueError, match=f"backend 'cpu' can't run on cpu: {reason}"):
+        radio_fast.load(golden_source("vit_h16"), backend="cpu")
+    with pytest.raises(ValueError, match="backend 'cpu' can't run on cuda: the kernels are for CPUs with AMX, not for"):
+        resolve_backend("cpu", torch.device("cuda"))
+    model = radio_fast.load(golden_source("vit_h16"))
+    model.backend = "cpu"
+    for autocast in (False, True):
+        refused = pytest.raises(ValueError, match=f"backend 'cpu' can't run here: {reason}")
+        with refused, torch.autocast("cpu", BF16, enabled=autocast):
+            model(torch.rand(1, 3, 64, 64))
 
 
 def test_importing_asks_for_nothing():

@@ -57,22 +57,50 @@ def assert_guarded(made: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def linear_truth(x, weight, bias, activation=None, residual=None):
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     y = F.gelu(y) if activation == "gelu" else y
+    if activation == "swiglu":
+        a, b = y.chunk(2, -1)
+        y = F.silu(a) * b
     return y if residual is None else y + residual.double()
 
 
 def check_linear(x, weight, bias, activation=None, residual=None):
     actual = native_cpu.linear(x, weight, bias, activation, residual)
-    plain = ops.linear(x, weight, bias, activation, residual, backend="reference")
+    # Of odd strides torch's own product reads beyond a row.
+    plain = ops.linear(x.contiguous(), weight.contiguous(), bias, activation, residual, backend="reference")
     assert_within(actual, linear_truth(x, weight, bias, activation, residual), plain)
 
 
 @pytest.mark.parametrize("M", ROWS)
-@pytest.mark.parametrize("N, K", [(1, 32), (31, 64), (33, 96), (96, 800), (160, 1024)])
+@pytest.mark.parametrize("N, K", [(1, 32), (31, 64), (33, 96), (64, 1), (33, 50), (96, 800), (160, 1007)])
 def test_linear_of_every_size(M, N, K, monkeypatch):
     made = guarded(monkeypatch)
     x, weight, bias = random(M, K), random(N, K, seed=1) / K**0.5, random(N, seed=2, dtype=torch.float32)
     check_linear(x, weight, bias, "gelu", random(M, N, seed=3))
     assert_guarded(made)
+
+
+@pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize("N, K", [(2, 32), (62, 50), (66, 96), (130, 800)])
+def test_swiglu_of_every_size(M, N, K, monkeypatch):
+    made = guarded(monkeypatch)
+    weight = random(N, K, seed=1) / K**0.5
+    check_linear(random(M, K), weight, random(N, seed=2, dtype=torch.float32), "swiglu")
+    check_linear(random(M, K), weight, None, "swiglu")
+    assert_guarded(made)
+
+
+def test_silu_far_out():
+    """x · σ(x) to the ends, and what is not finite."""
+    x = torch.linspace(-200, 200, 64 * 32).view(64, 32).to(BF16)
+    weight = torch.cat([torch.eye(32), torch.zeros(32, 32)]).to(BF16)
+    ones = torch.cat([torch.zeros(32), torch.ones(32)])
+    actual = native_cpu.linear(x, weight, ones, "swiglu", None)
+    assert_within(actual, F.silu(x.double()), F.silu(x))
+    for value in (float("nan"), float("inf"), float("-inf")):
+        ones[:32] = value
+        plain = ops.linear(x, weight, ones, "swiglu", backend="reference")
+        actual = native_cpu.linear(x, weight, ones, "swiglu", None)
+        assert torch.equal(actual.isnan(), plain.isnan()) and torch.equal(actual.isinf(), plain.isinf())
 
 
 @pytest.mark.parametrize("activation", (None, "gelu"))
@@ -89,7 +117,7 @@ def test_linear_of_many_rows_in_blocks_of_them(threads):
     check_linear(random(700, 2048), random(64, 2048, seed=1) / 45, None)
 
 
-@pytest.mark.parametrize("N, K", [(1, 32), (33, 96), (96, 800), (70, 2048)])
+@pytest.mark.parametrize("N, K", [(1, 32), (33, 96), (32, 50), (96, 800), (70, 2031)])
 def test_linear_rounds_a_float32_weight_as_it_reads(N, K, monkeypatch, threads):
     made = guarded(monkeypatch)
     x, residual = random(206, K), random(206, N, seed=3)
@@ -138,7 +166,11 @@ def test_linear_reads_nothing_beyond_its_arguments():
 
     bias = torch.full((39,), float("nan"))
     bias[2:-2] = 1
-    check_linear(inside(17, 96, seed=0), inside(35, 96, seed=1) / 9, bias[2:-2], "gelu", inside(17, 35, seed=2))
+    for K in (96, 79):
+        weight = inside(35, K, seed=1)
+        weight /= 9
+        check_linear(inside(17, K, seed=0), weight, bias[2:-2], "gelu", inside(17, 35, seed=2))
+        check_linear(inside(17, K, seed=0), weight[1:], bias[2:-3], "swiglu")
 
 
 def test_a_nan_stays_in_its_row():
@@ -157,8 +189,10 @@ def test_nothing_in_nothing_out():
 
 
 def test_what_the_library_refuses():
-    with pytest.raises(ValueError, match="K must be a multiple of 32, got 48"):
-        native_cpu.linear(random(2, 48), random(8, 48), None, None, None)
+    with pytest.raises(ValueError, match="K must be at least 1, got 0"):
+        native_cpu.linear(random(2, 0), random(8, 0), None, None, None)
+    with pytest.raises(ValueError, match="SwiGLU takes no residual"):
+        native_cpu.linear(random(2, 32), random(8, 32), None, "swiglu", random(2, 4))
     with pytest.raises(ValueError, match="head dim must be a multiple of 8 up to 256, got 4"):
         native_cpu.attention(random(1, 2, 12), 1)
     with pytest.raises(ValueError, match="windows of 3 do not tile"):

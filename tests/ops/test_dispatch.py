@@ -163,7 +163,7 @@ def test_environment_replaces_auto_only(monkeypatch):
     assert chosen("attention", "auto", x) == "triton"
     monkeypatch.setenv("RADIO_FAST_LINEAR", "cutlass")
     with pytest.raises(
-        ValueError, match="backend of linear must be one of 'auto', 'reference', 'triton', 'cuda', 'cpu', got 'cutlass'"
+        ValueError, match="backend of linear must be one of 'auto', 'reference', 'triton', 'cpu', 'cuda', got 'cutlass'"
     ):
         chosen("linear", "auto", x)
 
@@ -231,7 +231,7 @@ def test_kernels_refuse_what_they_can_not_do(monkeypatch):
         ops.linear(x.clone().requires_grad_(), torch.zeros(16, 16), None, backend="triton")
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast is on"):
         ops.linear(x, torch.zeros(16, 16), None, backend="triton")
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'reference', 'triton', 'cpu', got 'cuda'"):
         resolve_backend("cuda", CPU)
 
 
