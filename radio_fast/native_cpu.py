@@ -32,6 +32,7 @@ ENTRIES = {
     "rf_cpu_last_error": (ctypes.c_char_p, []),
     "rf_cpu_features": (ctypes.c_char_p, []),
     "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, _I, _I, _I]),
+    "rf_cpu_linear_int8": (_I, [*[_P] * 6, *[_L] * 6, _I, _I]),
     "rf_cpu_layer_norm": (_I, [*[_P] * 6, _I, _I, *[_L] * 4, _F, _F, _I]),
     "rf_cpu_attention": (_I, [*[_P] * 3, *[_L] * 9, _I]),
     "rf_cpu_block": (_I, [ctypes.c_char_p]),
@@ -153,6 +154,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         *(None if residual is None else residual.data_ptr(), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
         *(weight.stride(0), 0 if residual is None else residual.stride(0), N),
         *(DTYPES[weight.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
+    )
+    return out
+
+
+def linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """residual + act(s · (q·weightᵀ) · scale + bias), x ≈ s · q with one s a row: see `ops.linear_int8`.
+
+    Args:
+        x: (..., K), bfloat16, K up to 131072. weight: of `ops.pack_int8`, contiguous. scale: (N), float32. bias,
+            activation, residual: as for `linear`.
+
+    Returns:
+        (..., N), bfloat16; the sums of products are exact.
+
+    Raises:
+        ValueError: K. NotImplementedError: the CPU has no AMX. MemoryError.
+    """
+    N, K = scale.shape[0], x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], N))
+    if not out.numel():
+        return out
+    x = rows_of(x)
+    weight, scale = weight.contiguous(), scale.contiguous()
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    if residual is not None:
+        residual = rows_of(residual)
+    _call(
+        "rf_cpu_linear_int8",
+        *(x.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(None if residual is None else residual.data_ptr(), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
+        *(0 if residual is None else residual.stride(0), N, ACTIVATIONS[activation], torch.get_num_threads()),
     )
     return out
 

@@ -50,6 +50,18 @@ RF_CPU_API rf_cpu_status rf_cpu_linear(
     int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int weight_dtype, int activation,
     int threads);
 
+/* out = residual + act((q · weightᵀ) · x_scales · scales + bias), in bfloat16, with 32-bit sums of whole numbers.
+ *
+ * q = round(x / x_scales), x_scales = max|x| / 127 of each row, made on the way; ties go to even. A row without values
+ * of 2⁻¹⁰⁰ and more counts as zeros, of one with NaN or infinity all results are NaN.
+ * weight: int8, 64-byte aligned, rearranged: zeros to ⌈N / 32⌉ · 32 rows and ⌈K / 64⌉ · 64 columns, and then the value of
+ * row 32·p + 16·h + f, column 64·s + 4·r + j at [p][s][h][r][4·f + j]. scales: (N) float32. K: 1…131072.
+ * The rest as for rf_cpu_linear.
+ */
+RF_CPU_API rf_cpu_status rf_cpu_linear_int8(
+    const void *x, const int8_t *weight, const float *scales, const float *bias, const void *residual, void *out,
+    int64_t M, int64_t N, int64_t K, int64_t stride_x, int64_t stride_r, int64_t stride_o, int activation, int threads);
+
 /* out = scale · ((s − mean) / √(var + eps) · weight + bias) of each row of s = x + y, which is kept in `sum`, rounded.
  *
  * x, y: (rows, D), values adjacent, stride_* from row to row; y and sum may both be null: then s = x.
