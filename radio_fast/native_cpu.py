@@ -19,7 +19,7 @@ from torch import Tensor
 
 from radio_fast import native
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = "libradio_fast_cpu.so"
 REASON = "libradio_fast_cpu.txt"  # the build leaves it in the library's place: why there is none
 DTYPES = {torch.bfloat16: 1, torch.float32: 2}
@@ -37,7 +37,7 @@ ENTRIES = {
     "rf_cpu_attention": (_I, [*[_P] * 3, *[_L] * 9, _I]),
     "rf_cpu_block": (_I, [ctypes.c_char_p]),
 }
-_BLOCK = struct.Struct("=5q" + "2q2d" * 3 + "8q" + "9q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
+_BLOCK = struct.Struct("=5q" + "2q2d" * 3 + "3q" * 4 + "9q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
 # What oneDNN understands too: whoever takes AMX from it, to compare or to be safe, takes it from these kernels.
 MASK, WITH_AMX = "ONEDNN_MAX_CPU_ISA", ("", "ALL", "DEFAULT")
 
@@ -267,6 +267,7 @@ def block(
     scales: Sequence[tuple[float, float]],
     num_heads: int,
     window: tuple[int, int, int] | None = None,
+    int8_scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """A transformer block: (its output, the norm after it of that, or None). Every value is what `linear`, `attention`
     and `layer_norm` give.
@@ -276,7 +277,8 @@ def block(
         weights, biases: the block's two norms', those of the norm after it if it is wanted, those of qkv, proj, fc1 and
             fc2; contiguous. The weights, and the norms' biases, are all bfloat16, or all float32, which is rounded as
             it is read; the others are float32.
-        scales: eps and scale of each norm. window: as for `attention`.
+        scales: eps and scale of each norm. window: as for `attention`. int8_scales: none; or of qkv, proj, fc1 and fc2,
+            whose weights then are int8, as for `linear_int8`.
 
     Raises:
         ValueError, NotImplementedError, MemoryError: as there.
@@ -286,7 +288,7 @@ def block(
     if not out.numel():
         return out, after
     images, N, D = x.shape
-    hidden = weights[-2].shape[0]
+    hidden = (int8_scales[2] if int8_scales else weights[-2]).shape[0]
     workspace = x.new_empty(images * N * (max(3 * D, hidden) + 2 * D))
     _, width, side = window or (0, 0, 0)
     x, normed = x.contiguous(), None if normed is None else normed.contiguous()
@@ -298,6 +300,9 @@ def block(
     norms = [(*pair, *scale) for pair, scale in zip(pairs, scales, strict=False)]
     if not wants_after:
         norms.append((0, 0, 0.0, 0.0))
+    layers = [
+        (*pair, scale) for pair, scale in zip(pairs[-4:], [t.data_ptr() for t in int8_scales] or [0] * 4, strict=True)
+    ]
     sizes = images, N, D, num_heads, hidden, width, side, DTYPES[weights[0].dtype], torch.get_num_threads()
-    _call("rf_cpu_block", _BLOCK.pack(*addresses, *chain(*norms, *pairs[-4:]), *sizes))
+    _call("rf_cpu_block", _BLOCK.pack(*addresses, *chain(*norms, *layers), *sizes))
     return out, after

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define RF_CPU_ABI_VERSION 2
+#define RF_CPU_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define RF_CPU_API __attribute__((visibility("default")))
@@ -84,9 +84,11 @@ RF_CPU_API rf_cpu_status rf_cpu_attention(
     const void *qkv, const int32_t *cu_seqlens, void *out, int64_t images, int64_t N, int64_t tokens, int64_t heads,
     int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads);
 
-/* A weight (out, in) and a bias, (out) float32 or null; or a LayerNorm's, (D) each, with its eps and scale. */
+/* A weight (out, in) and a bias, (out) float32 or null; or a LayerNorm's, (D) each, with its eps and scale.
+ * scales: null, or the weight is rf_cpu_linear_int8's, and these are its scales. */
 typedef struct {
     const void *weight, *bias;
+    const float *scales;
 } rf_cpu_layer;
 typedef struct {
     const void *weight, *bias;
@@ -98,7 +100,7 @@ typedef struct {
  *
  * x, out, normed, out_normed: (images, N, D), contiguous, they overlap nothing. normed: norm1(x) if it is known, else null.
  * out_normed: or null. workspace: of the caller, images · N · (max(3 · D, hidden) + 2 · D) values of bfloat16.
- * Weights and the norms' parameters in `weight_dtype`, contiguous. D, hidden: multiples of 32. width, window: as for
+ * Weights but int8's, and the norms' parameters, in `weight_dtype`, contiguous. D, hidden: multiples of 32. width, window: as for
  * rf_cpu_attention. Every value is what the functions above give.
  */
 typedef struct {
