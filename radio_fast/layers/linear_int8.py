@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_fast import ops
@@ -32,9 +33,13 @@ class LinearInt8(nn.Module):
         linear.weight = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.linear_int8(
-            x, self.weight, self.scale, self.bias, self.activation, residual, backend=self.backend
-        )  # fmt: skip
+        if self.activation != "swiglu":
+            return ops.linear_int8(
+                x, self.weight, self.scale, self.bias, self.activation, residual, backend=self.backend
+            )  # fmt: skip
+        a, b = ops.linear_int8(x, self.weight, self.scale, self.bias, backend=self.backend).chunk(2, dim=-1)
+        y = F.silu(a) * b
+        return y if residual is None else residual + y
 
     def dequantised(self) -> Tensor:
         """The weight that it computes with, (N, K), float32."""
@@ -44,7 +49,7 @@ class LinearInt8(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn, recurse=True):
-        check_move(fn, self.scale.device)
+        self.check_move(fn)
         before = self.scale, None if self.bias is None else self.bias.detach()
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
@@ -53,6 +58,18 @@ class LinearInt8(nn.Module):
             self.bias.data = before[1].to(self.bias.device)
         return self
 
+    def check_move(self, fn) -> None:
+        """Refuse what `.to` would do to it: its dtype is bfloat16, its device a CPU.
+
+        Raises:
+            ValueError: `fn` takes it elsewhere.
+        """
+        probe = fn(torch.empty(0, dtype=torch.bfloat16, device=self.scale.device))
+        if probe.dtype != torch.bfloat16:
+            raise ValueError(f"an int8 model computes in bfloat16, got {probe.dtype}: load it anew with that dtype")
+        if probe.device.type not in ("cpu", "meta"):
+            raise ValueError(f"an int8 model is for CPUs, got {probe.device}: load it anew with dtype='bfloat16'")
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         given = state_dict.get(f"{prefix}weight")
         if isinstance(given, Tensor) and given.dtype != torch.int8:
@@ -60,15 +77,3 @@ class LinearInt8(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-def check_move(fn, device: torch.device) -> None:
-    """Refuse what `.to` would do to an int8 model: its dtype is bfloat16, its device a CPU.
-
-    Raises:
-        ValueError: `fn` takes it elsewhere.
-    """
-    probe = fn(torch.empty(0, dtype=torch.bfloat16, device=device))
-    if probe.is_floating_point() and probe.dtype != torch.bfloat16:
-        raise ValueError(f"an int8 model computes in bfloat16, got {probe.dtype}: load it anew with that dtype")
-    if probe.device.type not in ("cpu", "meta"):
-        raise ValueError(f"an int8 model is for CPUs, got {probe.device}: load it anew with dtype='bfloat16'")
