@@ -81,6 +81,18 @@ void pack_tokens(const Problem &p, int64_t token, char *tiles) {
     order_memory();
 }
 
+/* `gelu` to 2e-4, a fortieth of what int8 leaves of values up to 1: with seven terms instead of twelve. */
+inline __m512 short_gelu(__m512 x) {
+    constexpr float END = 4;
+    constexpr float P[] = {0.175966473f, -0.0844306871f, 0.0554116741f, -0.0354310982f,
+                           0.024066519f, -0.0165929906f, 0.00601011002f};
+    __m512 t = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(END)), _mm512_set1_ps(-END));
+    __m512 u = _mm512_fmsub_ps(_mm512_mul_ps(t, t), _mm512_set1_ps(2 / (END * END)), _mm512_set1_ps(1));
+    __m512 r = _mm512_set1_ps(P[6]);
+    for (int i = 5; i >= 0; i--) r = _mm512_fmadd_ps(r, u, _mm512_set1_ps(P[i]));
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(t, r, _mm512_set1_ps(0.5f)));
+}
+
 /* The sums of 16 or 32 tokens × 32 features on their way to memory, a token at a time. */
 template <int ACT, bool RESIDUAL>
 struct Epilogue {
@@ -116,7 +128,7 @@ struct Epilogue {
     inline __attribute__((always_inline)) __m512 finish(const float *at, int half, __m512 x_scale) {
         __m512 y = _mm512_cvtepi32_ps(_mm512_load_si512(at));
         y = _mm512_fmadd_ps(_mm512_mul_ps(y, x_scale), _mm512_load_ps(scales + half), _mm512_load_ps(bias + half));
-        return ACT == RF_CPU_GELU ? gelu(y) : y;
+        return ACT == RF_CPU_GELU ? short_gelu(y) : y;
     }
 
     void run(int r) {

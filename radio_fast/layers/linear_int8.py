@@ -76,4 +76,3 @@ class LinearInt8(nn.Module):
             args[-1].append(f"{prefix}weight is {given.dtype}: {FLOAT_GIVEN}")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-

@@ -1,8 +1,8 @@
 """A ViT whose blocks' linear layers are int8, and what keeps outlier channels from spoiling them.
 
-An int8 row has one scale, so a channel that is 20 times larger than the others takes 20 times as much of it. Channels are
-brought nearer to each other before weights are made int8, by factors that the weight after them undoes (SmoothQuant; Xiao
-et al., 2023): in the norms before qkv and fc1, and in v before proj. How large channels are is told from the weights
+An int8 row has one scale, so a channel that is 20 times larger than the others takes 20 times as much of it. Channels
+are brought nearer to each other before weights are made int8, by factors that the weight after them undoes (SmoothQuant;
+Xiao et al., 2023): in the norms before qkv and fc1, and in v before proj. How large channels are is told from the weights
 alone. Factors are powers of two: what they touch in bfloat16 stays what it was.
 """
 
@@ -19,8 +19,8 @@ from radio_fast.layers.mlp import SwiGLU
 from radio_fast.models.vit import VisionTransformer
 from radio_fast.models.weights import State, fill
 
-# Of a typical channel: the largest normalised value of it, and the mean squares of attention's and the MLP's hidden values.
-LARGEST, ATTENDED, HIDDEN = 3.0, 0.3, 0.1
+# Of a typical channel the largest normalised value; the mean squares of pixels, of what attention gives, of hidden values.
+LARGEST, PATCH, ATTENDED, HIDDEN = 3.0, 0.3, 0.3, 0.1
 
 
 def check_int8(device: torch.device, is_vit: bool) -> None:
@@ -68,7 +68,9 @@ def _replace(block: Block) -> None:
 def mean_squares(vit: VisionTransformer) -> Tensor:
     """(D): about how large the tokens' channels are before the first block, from the weights alone."""
     embedder = vit.patch_generator
-    return embedder.pos_embed.float().square().mean((0, 1)) + embedder.embedder.weight.float().square().sum(1) * ATTENDED
+    return (
+        embedder.pos_embed.float().square().mean((0, 1)) + embedder.embedder.weight.float().square().sum(1) * ATTENDED
+    )
 
 
 def even_out(block: Block, squares: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ def linear_int8(
     """residual + act(s · (q·weightᵀ) · scale + bias), where x ≈ s · q row by row (`quantise`).
 
     Args:
-        x: (..., K), bfloat16 (the kernel), float16 or float32, any strides. weight: int8, `pack_int8` of (N, K), K up to
-            131072. scale: (N), float32. bias: (N), in float32 or x's dtype, or None.
+        x: (..., K), bfloat16 (the kernel), float16 or float32, any strides. weight: int8, `pack_int8` of (N, K), K
+            up to 131072. scale: (N), float32. bias: (N), in float32 or x's dtype, or None.
         activation: None or "gelu", the exact one. residual: (..., N), in x's dtype, or None.
 
     Returns:
