@@ -1,9 +1,9 @@
 """A ViT whose blocks' linear layers are int8, and what keeps outlier channels from spoiling them.
 
 An int8 row has one scale, so a channel that is 20 times larger than the others takes 20 times as much of it. Channels
-are brought nearer to each other before weights are made int8, by factors that the weight after them undoes (SmoothQuant;
-Xiao et al., 2023): in the norms before qkv and fc1, and in v before proj. How large channels are is told from the weights
-alone. Factors are powers of two: what they touch in bfloat16 stays what it was.
+are brought nearer to each other before weights are made int8, by factors that the weight after them undoes
+(SmoothQuant; Xiao et al., 2023): in the norms before qkv and fc1, and in v before proj. How large channels are is told
+from the weights alone. Factors are powers of two: what they touch in bfloat16 stays what it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from radio_fast.layers.mlp import SwiGLU
 from radio_fast.models.vit import VisionTransformer
 from radio_fast.models.weights import State, fill
 
-# Of a typical channel the largest normalised value; the mean squares of pixels, of what attention gives, of hidden values.
+# A typical channel's largest normalised value; mean squares of pixels, of what attention gives, of hidden values.
 LARGEST, PATCH, ATTENDED, HIDDEN = 3.0, 0.3, 0.3, 0.1
 
 
