@@ -1,4 +1,4 @@
-"""The snippets of docs/accelerate.md, export.md and int8.md, run as they stand, with a small model for the named one."""
+"""The snippets of docs/accelerate.md, export.md and int8.md, run as they stand, with a small model."""
 
 from __future__ import annotations
 

@@ -116,8 +116,8 @@ struct Epilogue {
         first = n, mask = there;
     }
 
-    void start(const float *tiles, int64_t m) {
-        sums = tiles, token = m, row = 0, rows = p.M - m < PANEL ? (int)(p.M - m) : PANEL;
+    void start(const float *tiles, int64_t m, int columns) {
+        sums = tiles, token = m, row = 0, rows = p.M - m < 16 * columns ? (int)(p.M - m) : 16 * columns;
         // Where the next 32 tokens are stored and their residuals lie: lines of L3 would be waited for.
         for (int64_t r = m + PANEL; r < m + 2 * PANEL && r < p.M; r++) {
             __builtin_prefetch(p.out + r * p.stride_o + first, 1, 2);
@@ -228,13 +228,14 @@ struct Body {
                     for (int64_t t = t0; t < t1; t += 2) {
                         const char *tokens = x + ((t - t0) * p.steps + 2 * step) * TILE;
                         float *c = sums + (t - t0) * 2 * 256;
-                        if (t + 1 < t1)
+                        const int pair = t + 1 < t1 ? 2 : 1;
+                        if (pair == 2)
                             multiply<2>(tokens, w + 2 * step * TILE, c, steps, step == 0, units, next, lines);
                         else
                             multiply<1>(tokens, w + 2 * step * TILE, c, steps, step == 0, units, next, lines);
                         if (step + STEPS < p.steps) continue;
                         if (t == t0) before.panel(n * PANEL);
-                        before.start(c, 16 * t);
+                        before.start(c, 16 * t, pair);
                     }
                 }
             }
