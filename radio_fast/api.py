@@ -23,6 +23,7 @@ from radio_fast.models.backbone import Backbone
 from radio_fast.models.eradio import ERADIO
 from radio_fast.models.eradio_spec import ERADIOSpec, released_spec
 from radio_fast.models.eradio_weights import is_eradio
+from radio_fast.models.int8 import check_int8, fill_int8
 from radio_fast.models.normalizers import FeatureNormalizer, IntermediateFeatureNormalizer
 from radio_fast.models.registry import Version, ViTDet, find_version, unknown_version
 from radio_fast.models.spec import ViTSpec, spec_of_version
@@ -64,6 +65,7 @@ def load(
             resolutions and ViTDet entry then apply.
         device: where the model goes; the CPU if None.
         dtype: float32, float16 or bfloat16, as torch dtype or name, for the whole model but the input normalisation.
+            int8: on a CPU, a ViT's blocks multiply in int8 (docs/int8.md), all else is bfloat16.
             None: the backbone as its file says (float32, bfloat16 for radio_v2.1), the adaptors float32.
         adaptor_names: one or more of the checkpoint's adaptors; the model then returns a dict. None: none, or those a
             Hugging Face folder's config names; an empty list: none.
@@ -102,6 +104,8 @@ def load(
             f"{str(version or '')!r} is not"
         )
     # Refused before anything is downloaded.
+    if forced_dtype == torch.int8:
+        check_int8(target, row is None or not row.is_eradio)
     _vitdet_rule(row, vitdet_window_size)
     check_window_size(window_size, row is None or row.is_eradio)
 
@@ -283,6 +287,10 @@ def build(
     """The model of a state: `load` without the reading, `accelerate` without the looking."""
     spec = state.spec()
     names = chosen_adaptors(state, adaptor_names)
+    int8 = dtype == torch.int8
+    if int8:
+        check_int8(device, isinstance(spec, ViTSpec))
+        dtype = torch.bfloat16
     backbone_dtype = dtype or state.args["dtype"]
     backbone = make_backbone(spec)
     try:
@@ -291,7 +299,10 @@ def build(
         raise missing_tensor(str(error.args[0])) from None
     except ValueError as error:
         raise CheckpointError(f"the checkpoint's backbone makes no sense: {error}") from error
-    fill(backbone, state.backbone, "", device, backbone_dtype, release, state.share)
+    if int8:
+        fill_int8(backbone, state.backbone, release)
+    else:
+        fill(backbone, state.backbone, "", device, backbone_dtype, release, state.share)
 
     conditioner = InputConditioner()
     fill(conditioner, dict(state.conditioner), "input_conditioner.", device, torch.float32, share=state.share)
@@ -373,5 +384,8 @@ def _random_backbone(spec: ViTSpec | ERADIOSpec, seed: int, device: torch.device
                 deep = isinstance(spec, ERADIOSpec) and value.ndim > 1
                 value.normal_(std=value[0].numel() ** -0.5 if deep else 0.02, generator=generator)
             state[name] = value
-        fill(backbone, state, "", device, dtype)
+        if dtype == torch.int8:
+            fill_int8(backbone, state)
+        else:
+            fill(backbone, state, "", device, dtype)
     return backbone

@@ -193,7 +193,7 @@ def embed(
     features: Annotated[bool, typer.Option(help="Store patch features too, not the summaries alone.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size per forward pass.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … (a GPU where there is one).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (as the checkpoint says).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, int8 (as the file says).")] = None,
     random_init: Annotated[
         bool, typer.Option(help="Random weights: for trying out; the result has no meaning.")
     ] = False,

@@ -45,7 +45,7 @@ def serve(
     model_name: Annotated[str | None, typer.Option(help="What clients call it (VERSION, or the file's name).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint file to use for VERSION.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … (a GPU where there is one).")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 (as the checkpoint says).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, int8 (as the file says).")] = None,
     adaptors: Annotated[str | None, typer.Option(help="Adaptors to run too, separated by commas.")] = None,
     resolution: Annotated[
         str | None, typer.Option(help="Pixels (432, 384x512), or 'native': each image's nearest legal size.")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from radio_fast.layers.linear_int8 import LinearInt8
 from radio_fast.model import RADIOModel
 from radio_fast.version import __version__
 
@@ -129,6 +130,8 @@ def export_onnx(
     """
     if not isinstance(model, RADIOModel):
         raise ValueError(f"export_onnx takes a model of radio_fast.load, got {type(model).__name__}")
+    if any(isinstance(module, LinearInt8) for module in model.modules()):
+        raise ValueError("export_onnx takes no int8 model: load it in float32 or float16")
     if type(opset) is not int or opset not in OPSETS:
         raise ValueError(f"opset must lie in {OPSETS.start}…{OPSETS.stop - 1}, got {opset!r}")
     if type(batch) is not int or batch < 1 or (dynamic_batch and batch != 1):

@@ -344,6 +344,7 @@ class RADIOModel(nn.Module):
         return tokens.to(out) if isinstance(tokens, Tensor) else tuple(t.to(out) for t in tokens)
 
     def _apply(self, fn, recurse=True):
+        self.model.check_move(fn)
         if self.graphs is not None:
             self.graphs.drop()
         return super()._apply(fn, recurse)

@@ -33,11 +33,12 @@ ENTRIES = {
     "rf_cpu_last_error": (ctypes.c_char_p, []),
     "rf_cpu_features": (ctypes.c_char_p, []),
     "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, _I, _I, _I]),
+    "rf_cpu_linear_int8": (_I, [*[_P] * 6, *[_L] * 6, _I, _I]),
     "rf_cpu_layer_norm": (_I, [*[_P] * 6, _I, _I, *[_L] * 4, _F, _F, _I]),
     "rf_cpu_attention": (_I, [*[_P] * 4, *[_L] * 9, _I]),
     "rf_cpu_blocks": (_I, [ctypes.c_char_p, _L]),
 }
-_BLOCK = struct.Struct("=6q" + "2q2d" * 3 + "8q" + "10q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
+_BLOCK = struct.Struct("=6q" + "2q2d" * 3 + "3q" * 4 + "10q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
 # What oneDNN understands too: whoever takes AMX from it, to compare or to be safe, takes it from these kernels.
 MASK, WITH_AMX = "ONEDNN_MAX_CPU_ISA", ("", "ALL", "DEFAULT")
 
@@ -159,6 +160,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return out
 
 
+def linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """residual + act(s · (q·weightᵀ) · scale + bias), x ≈ s · q with one s a row: see `ops.linear_int8`.
+
+    Args:
+        x: (..., K), bfloat16, K up to 131072. weight: of `ops.pack_int8`, contiguous. scale: (N), float32. bias,
+            activation, residual: as for `linear`.
+
+    Returns:
+        (..., N), bfloat16; the sums of products are exact.
+
+    Raises:
+        ValueError: K. NotImplementedError: the CPU has no AMX. MemoryError.
+    """
+    N, K = scale.shape[0], x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], N))
+    if not out.numel():
+        return out
+    x = rows_of(x)
+    weight, scale = weight.contiguous(), scale.contiguous()
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    if residual is not None:
+        residual = rows_of(residual)
+    _call(
+        "rf_cpu_linear_int8",
+        *(x.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(None if residual is None else residual.data_ptr(), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
+        *(0 if residual is None else residual.stride(0), N, ACTIVATIONS[activation], torch.get_num_threads()),
+    )
+    return out
+
+
 def layer_norm(
     x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -265,15 +300,16 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear layer's, (out, in) and (out)."""
+    """A linear layer's, (out, in) and (out); of an int8 one as for `linear_int8`."""
 
     weight: Tensor
     bias: Tensor | None
+    scale: Tensor | None = None
 
 
 class BlockParameters(NamedTuple):
-    """A transformer block's; contiguous. The weights, and the norms' biases, are all bfloat16, or all float32, which is
-    rounded as it is read; the layers' biases are float32. activation: of fc1.
+    """A transformer block's; contiguous. The weights but int8 ones, and the norms' biases, are all bfloat16, or all
+    float32, which is rounded as it is read; the layers' biases are float32. hidden: fc2's in. activation: of fc1.
     """
 
     norm1: Norm
@@ -283,6 +319,7 @@ class BlockParameters(NamedTuple):
     fc1: Layer
     fc2: Layer
     num_heads: int
+    hidden: int
     activation: str | None
 
 
@@ -318,7 +355,7 @@ def blocks(
     if not out.numel():
         return out, None if after is None else out_normed
     images, N, D = x.shape
-    hidden = max(block.fc2.weight.shape[1] for block in chain)
+    hidden = max(block.hidden for block in chain)
     workspace = x.new_empty(images * N * (max(3 * D, hidden) + 2 * D))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
@@ -331,9 +368,9 @@ def blocks(
     for i, (block, following) in enumerate(zip(chain, norms, strict=True)):
         wanted = following[0] and out_normed.data_ptr()
         addresses = *inputs[i > 0], out.data_ptr(), wanted, workspace.data_ptr(), _address(cu_seqlens)
-        layers = itertools.chain.from_iterable((layer.weight.data_ptr(), _address(layer.bias)) for layer in block[2:6])
-        sizes = images, N, D, block.num_heads, block.fc2.weight.shape[1], width, side
-        kinds = ACTIVATIONS[block.activation], DTYPES[block.qkv.weight.dtype], threads
+        layers = itertools.chain.from_iterable(map(_address, layer) for layer in block[2:6])
+        sizes = images, N, D, block.num_heads, block.hidden, width, side
+        kinds = ACTIVATIONS[block.activation], DTYPES[block.norm1.weight.dtype], threads
         both = *_pack_norm(block.norm1), *_pack_norm(block.norm2)
         packed.append(_BLOCK.pack(*addresses, *both, *following, *layers, *sizes, *kinds))
     _call("rf_cpu_blocks", b"".join(packed), len(packed))

@@ -15,16 +15,18 @@ DTYPES = {
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch dtype from itself or its name.
+    """A torch dtype from itself or its name; torch.int8 too.
 
     Raises:
-        ValueError: not float32, float16 or bfloat16.
+        ValueError: not float32, float16, bfloat16 or int8.
     """
+    if dtype in (torch.int8, "int8", "torch.int8"):
+        return torch.int8
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
         return DTYPES[dtype.removeprefix("torch.")]
-    raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    raise ValueError(f"dtype must be float32, float16, bfloat16 or int8, got {dtype!r}")
 
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:

@@ -129,7 +129,7 @@ def test_embed_goes_on_past_files_that_are_no_images(photos, tmp_path):
         (("--resolution", "48x50"), "nearest supported size is 48x48"),
         (("--resolution", "large"), "must be a number of pixels, HEIGHTxWIDTH or 'native', got 'large'"),
         (("--adaptors", "clap"), "unknown adaptor 'clap': this checkpoint has 'clip', 'siglip', 'dino_v2', 'sam'"),
-        (("--dtype", "int8"), "dtype must be float32, float16 or bfloat16, got 'int8'"),
+        (("--dtype", "fp8"), "dtype must be float32, float16, bfloat16 or int8, got 'fp8'"),
         (("--checkpoint", "nowhere.tar"), "no checkpoint at nowhere.tar"),
     ],
 )

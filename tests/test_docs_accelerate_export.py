@@ -1,4 +1,4 @@
-"""The snippets of docs/accelerate.md and docs/export.md, run as they stand, with a small model for the named one."""
+"""The snippets of docs/accelerate.md, export.md and int8.md, run as they stand, with a small model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def snippets(page: str) -> list[str]:
     return [code for skipped, code in found if not skipped]
 
 
-@pytest.mark.parametrize(("page", "count", "needs"), [("accelerate.md", 2, "transformers"), ("export.md", 3, "onnx")])
+@pytest.mark.parametrize(
+    ("page", "count", "needs"),
+    [("accelerate.md", 2, "transformers"), ("export.md", 3, "onnx"), ("int8.md", 1, "torch")],
+)
 def test_snippets(page, count, needs, tmp_path, monkeypatch):
     pytest.importorskip(needs)
     load = radio_fast.load

@@ -26,6 +26,9 @@ rf_cpu_status run(const rf_cpu_block_arguments &b) {
                                  static_cast<float>(n.eps), static_cast<float>(n.scale), norm_threads);
     };
     auto linear = [&](const rf_cpu_layer &l, const void *x, int64_t K, const void *residual, void *out, int64_t N, int act) {
+        if (l.scales)
+            return rf_cpu_linear_int8(x, static_cast<const int8_t *>(l.weight), l.scales, static_cast<const float *>(l.bias),
+                                      residual, out, rows, N, K, K, N, N, act, threads);
         return rf_cpu_linear(x, l.weight, static_cast<const float *>(l.bias), residual, out, rows, N, K, K, K, N, N, dtype,
                              act, threads);
     };

@@ -51,6 +51,18 @@ RF_CPU_API rf_cpu_status rf_cpu_linear(
     int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int weight_dtype, int activation,
     int threads);
 
+/* out = residual + act((q · weightᵀ) · x_scales · scales + bias), in bfloat16, with 32-bit sums of whole numbers.
+ *
+ * q = round(x / x_scales), x_scales = max|x| / 127 of each row, made on the way; ties go to even. A row without values
+ * of 2⁻¹⁰⁰ and more counts as zeros, of one with NaN or infinity all results are NaN.
+ * weight: int8, 64-byte aligned, rearranged: zeros to ⌈N / 32⌉ · 32 rows and ⌈K / 64⌉ · 64 columns, and then the value of
+ * row 32·p + 16·h + f, column 64·s + 4·r + j at [p][s][h][r][4·f + j]. scales: (N) float32. K: 1…131072.
+ * The rest as for rf_cpu_linear.
+ */
+RF_CPU_API rf_cpu_status rf_cpu_linear_int8(
+    const void *x, const int8_t *weight, const float *scales, const float *bias, const void *residual, void *out,
+    int64_t M, int64_t N, int64_t K, int64_t stride_x, int64_t stride_r, int64_t stride_o, int activation, int threads);
+
 /* out = scale · ((s − mean) / √(var + eps) · weight + bias) of each row of s = x + y, which is kept in `sum`, rounded.
  *
  * x, y: (rows, D), values adjacent, stride_* from row to row; y and sum may both be null: then s = x.
@@ -74,9 +86,11 @@ RF_CPU_API rf_cpu_status rf_cpu_attention(
     const void *qkv, const int32_t *cu_seqlens, const void *bias, void *out, int64_t images, int64_t N, int64_t tokens,
     int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads);
 
-/* A weight (out, in) and a bias, (out) float32 or null; or a LayerNorm's, (D) each, with its eps and scale. */
+/* A weight (out, in) and a bias, (out) float32 or null; or a LayerNorm's, (D) each, with its eps and scale.
+ * scales: null, or the weight is rf_cpu_linear_int8's, and these are its scales. */
 typedef struct {
     const void *weight, *bias;
+    const float *scales;
 } rf_cpu_layer;
 typedef struct {
     const void *weight, *bias;
@@ -89,7 +103,7 @@ typedef struct {
  * x, out, normed, out_normed: (images, N, D), contiguous; out may be x, out_normed be normed, they overlap nothing else.
  * normed: norm1(x) if it is known, else null.
  * out_normed: or null. workspace: of the caller, images · N · (max(3 · D, hidden) + 2 · D) values of bfloat16.
- * Weights and the norms' parameters in `weight_dtype`, contiguous. activation: of fc1, one of rf_cpu_activation.
+ * Weights but int8's, and the norms' parameters, in `weight_dtype`, contiguous. activation: of fc1, one of rf_cpu_activation.
  * width, window: as for rf_cpu_attention. cu_seqlens: null; or images + 1 numbers, where each packed image begins, 0 to N:
  * x has N rows then. Every value is what the functions above give.
  */

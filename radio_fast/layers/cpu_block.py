@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from radio_fast import native_cpu
 from radio_fast.layers.attention import Attention
+from radio_fast.layers.linear_int8 import LinearInt8
 from radio_fast.layers.mlp import Linear, Mlp, SwiGLU, untouched
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.layers.packing import Segments
@@ -18,13 +19,14 @@ from radio_fast.native_cpu import BlockParameters, Layer, Norm
 from radio_fast.ops import _dispatch
 from radio_fast.ops.attention import ATTENTION, HEAD_DIMS
 from radio_fast.ops.linear import LINEAR, LINEAR_ADD_NORM
+from radio_fast.ops.linear_int8 import LINEAR_INT8, packed_shape
 from radio_fast.ops.norm import LAYER_NORM, MAX_WIDTH
 
 if TYPE_CHECKING:
     from radio_fast.layers.block import Block
 
 BACKENDS = ("auto", _dispatch.CPU_OR_REFERENCE)
-OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ATTENTION)
+OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ATTENTION, LINEAR_INT8)
 LONGEST = 1 << 36  # multiply-adds in one call, about 50 ms: only between calls Ctrl-C is heard
 
 
@@ -53,7 +55,7 @@ def run(
     chain, work = [], 0
     for block in blocks:
         parameters = _parameters(block, x.shape[2])
-        if parameters is None or (chain and parameters.qkv.weight.dtype != chain[0].qkv.weight.dtype):
+        if parameters is None or (chain and parameters.norm1.weight.dtype != chain[0].norm1.weight.dtype):
             break
         chain.append(parameters)
         work += x.shape[0] * x.shape[1] * sum(layer.weight.numel() for layer in parameters[2:6])
@@ -63,7 +65,7 @@ def run(
         return None
     if len(chain) < len(blocks):
         after = blocks[len(chain)].norm1
-    after = _norm(after, x.shape[2], chain[0].qkv.weight.dtype)
+    after = _norm(after, x.shape[2], chain[0].norm1.weight.dtype)
     tensors = [t for parameters in chain for t in _tensors(parameters)]
     others = [normed, starts, *(after or ())[:2]]
     if not _dispatch.kernels_run_all(OPS, (x, *(t for t in others if t is not None), *tensors)):
@@ -92,15 +94,24 @@ def _norm(norm: LayerNorm | DynamicTanh | None, D: int, dtype: torch.dtype) -> N
     return Norm(weight, bias, norm.eps, norm.scale)
 
 
-def _layer(linear: Linear, shape: tuple[int, int], activation: str | None, dtype: torch.dtype) -> Layer | None:
-    if not untouched(linear, Linear) or linear.backend not in BACKENDS or linear.activation != activation:
+def _layer(
+    linear: Linear | LinearInt8, shape: tuple[int, int], activation: str | None, dtype: torch.dtype
+) -> Layer | None:
+    if not untouched(linear, Linear, LinearInt8) or linear.backend not in BACKENDS or linear.activation != activation:
         return None
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    if weight is None or weight.shape != shape or weight.dtype != dtype or not weight.is_contiguous():
-        return None
+    bias, scale = linear._parameters.get("bias"), None
     if bias is not None and not (bias.shape == shape[:1] and _like(torch.float32, bias, None)):
         return None
-    return Layer(weight, bias)
+    if type(linear) is LinearInt8:
+        weight, scale, dtype = linear._buffers.get("weight"), linear._buffers.get("scale"), torch.int8
+        if scale is None or scale.shape != shape[:1] or not _like(torch.float32, scale, None) or activation == "swiglu":
+            return None
+        shape = packed_shape(*shape)
+    else:
+        weight = linear._parameters.get("weight")
+    if weight is None or weight.shape != shape or not _like(dtype, weight, None):
+        return None
+    return Layer(weight, bias, scale)
 
 
 def _like(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> bool:
@@ -122,14 +133,12 @@ def _parameters(block: Block, D: int) -> BlockParameters | None:
         expand, contract = mlp.w12, mlp.w3
     else:
         return None
-    if D % attn.num_heads or D // attn.num_heads not in HEAD_DIMS or not untouched(contract, Linear):
+    if D % attn.num_heads or D // attn.num_heads not in HEAD_DIMS:
         return None
-    weight, activation = contract._parameters.get("weight"), getattr(expand, "activation", None)
-    if weight is None or weight.ndim != 2 or weight.dtype not in native_cpu.DTYPES:
+    first, activation = getattr(block.norm1, "weight", None), getattr(expand, "activation", None)
+    if first is None or first.dtype not in native_cpu.DTYPES or activation not in native_cpu.ACTIVATIONS:
         return None
-    if activation not in native_cpu.ACTIVATIONS:
-        return None
-    hidden, dtype = weight.shape[1], weight.dtype
+    hidden, dtype = getattr(contract, "in_features", 0), first.dtype
     wide = 2 * hidden if activation == "swiglu" else hidden
     parts = (
         _norm(block.norm1, D, dtype),
@@ -139,11 +148,11 @@ def _parameters(block: Block, D: int) -> BlockParameters | None:
         _layer(expand, (wide, D), activation, dtype),
         _layer(contract, (D, hidden), None, dtype),
     )
-    return BlockParameters(*parts, attn.num_heads, activation) if all(part is not None for part in parts) else None
+    return (
+        BlockParameters(*parts, attn.num_heads, hidden, activation) if all(part is not None for part in parts) else None
+    )
 
 
 def _tensors(parameters: BlockParameters) -> Iterator[Tensor]:
     for part in parameters[:6]:
-        yield part[0]
-        if part[1] is not None:
-            yield part[1]
+        yield from (value for value in part if isinstance(value, Tensor))

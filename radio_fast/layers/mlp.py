@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_fast import ops
+from radio_fast.layers.linear_int8 import LinearInt8
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.ops.linear import rounds_weight
 
@@ -23,9 +24,9 @@ def add_norm(
     linear: nn.Module, x: Tensor, residual: Tensor, norm: LayerNorm | DynamicTanh | None
 ) -> tuple[Tensor, Tensor | None]:
     """(s, norm(s)) with s = residual + linear(x), in two launches where both are our layers as they were made."""
-    if not untouched(linear, Linear):
+    if not untouched(linear, Linear, LinearInt8):
         s = residual + linear(x)
-    elif untouched(norm, LayerNorm):
+    elif type(linear) is Linear and untouched(norm, LayerNorm):
         return linear.add_norm(x, residual, norm)
     else:
         s = linear(x, residual)

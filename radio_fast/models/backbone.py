@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_fast.layers.block import Block
+from radio_fast.layers.linear_int8 import LinearInt8
 from radio_fast.layers.norm import LayerNorm
 from radio_fast.ops._dispatch import backend_of_ops
 
@@ -39,6 +40,16 @@ class Backbone(nn.Module):
     def autocast_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """What the tokens are in under PyTorch's autocast to `dtype`: a residual stream that begins with positions."""
         return torch.promote_types(next(self.parameters()).dtype, dtype)
+
+    def check_move(self, fn) -> None:
+        """Refuse an `_apply` that a part can't follow, before any other has."""
+        for module in self.modules():
+            if isinstance(module, LinearInt8):
+                module.check_move(fn)
+
+    def _apply(self, fn, recurse=True):
+        self.check_move(fn)
+        return super()._apply(fn, recurse)
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w): the rows and columns of features that an image has."""
