@@ -113,15 +113,20 @@ def test_layers_of_zeros_have_an_int8_form():
 
 @needs_amx
 @torch.no_grad()
-def test_a_block_is_one_call_and_gives_what_its_parts_give(model, calls, monkeypatch):
-    block, after = model.blocks[0], model.blocks[1].norm1
+@pytest.mark.parametrize("bfloat16", ["", "qkv", "fc2"])
+def test_a_block_is_one_call_and_gives_what_its_parts_give(bfloat16, model, calls, monkeypatch):
+    """Also where one of its layers is not int8."""
+    block, after = copy.deepcopy(model.blocks[0]), model.blocks[1].norm1
+    if bfloat16:
+        owner = block.attn if bfloat16 == "qkv" else block.mlp
+        setattr(owner, bfloat16, like(getattr(owner, bfloat16)))
     x = torch.randn(2, 21, model.embed_dim, generator=torch.Generator().manual_seed(0)).to(BF16)
     out, normed = block.step(x, None, after)
-    assert calls == ["rf_cpu_block"]
+    assert calls == ["rf_cpu_blocks"]
     calls.clear()
-    monkeypatch.setattr("radio_fast.layers.cpu_block.step", lambda *args: None)
+    monkeypatch.setattr("radio_fast.layers.cpu_block.run", lambda *args: None)
     expected = block.step(x, None, after)
-    assert calls.count("rf_cpu_linear_int8") == 4 and "rf_cpu_linear" not in calls
+    assert calls.count("rf_cpu_linear_int8") == (3 if bfloat16 else 4)
     assert torch.equal(out, expected[0]) and torch.equal(normed, expected[1])
 
 
@@ -130,7 +135,7 @@ def like(layer: LinearInt8) -> Linear:
 
 
 CHANGES = {
-    "one layer in bfloat16": lambda b: setattr(b.mlp, "fc1", like(b.mlp.fc1)),
+    "one layer in float32": lambda b: setattr(b.mlp, "fc1", like(b.mlp.fc1).float()),
     "a hook": lambda b: b.mlp.fc2.register_forward_hook(lambda *args: None),
     "another scale": lambda b: setattr(b.mlp.fc2, "scale", b.mlp.fc2.scale.double()),
     "another weight": lambda b: setattr(b.mlp.fc2, "weight", b.mlp.fc2.weight[:1]),
@@ -151,7 +156,7 @@ def test_otherwise_its_parts_are_called(change, model, calls):
             block.step(x, None, None)
     else:
         block.step(x, None, None)
-    assert "rf_cpu_block" not in calls
+    assert "rf_cpu_blocks" not in calls
 
 
 @torch.no_grad()
