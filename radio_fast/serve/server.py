@@ -36,6 +36,7 @@ from radio_fast.serve.schemas import (
     ModelList,
 )
 from radio_fast.serve.service import Service
+from radio_fast.serve.types import Embedding
 from radio_fast.version import __version__
 
 PAGE = Path(__file__).parent / "page"
@@ -252,7 +253,7 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
             raise ApiError(400, "invalid_value", f"dimensions must be {width}", param="dimensions")
         results = await service.embed(request, images)
         as_base64 = asked.encoding_format == "base64"
-        content = await asyncio.to_thread(embedding_list, results, output, asked.model, as_base64)
+        content = await _encoded(results, embedding_list, results, output, asked.model, as_base64)
         return Response(content, media_type="application/json", headers={"Server-Timing": timing_of(results)})
 
     @app.post(
@@ -299,7 +300,7 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
         results = await service.embed(request, images, deadline=query.deadline, features=dense, resolution=resolution)
         headers = {"Server-Timing": timing_of(results)}
         if form == "json":
-            content = await asyncio.to_thread(as_json, results, names, service.model_name)
+            content = await _encoded(results, as_json, results, names, service.model_name)
             return Response(content, media_type="application/json", headers=headers)
 
         def encoded() -> bytes:
@@ -307,7 +308,13 @@ def _add_embedding(app: FastAPI, service: Service, guarded: list) -> None:
             return as_npy(*found.values()) if form == "npy" else as_safetensors(found, results, service.model_name)
 
         headers["Content-Disposition"] = f'attachment; filename="embedding.{form}"'
-        return Response(await asyncio.to_thread(encoded), media_type="application/octet-stream", headers=headers)
+        content = await _encoded([] if dense else results, encoded)
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+async def _encoded(results: list[Embedding], function: Callable[..., bytes], *arguments: Any) -> bytes:
+    """In a thread, but where that would take longer than the summary of one image does."""
+    return function(*arguments) if len(results) == 1 else await asyncio.to_thread(function, *arguments)
 
 
 class _Parser(MultiPartParser):
