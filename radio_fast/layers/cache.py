@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from radio_fast.ops._state import capturing, settle
 
@@ -11,6 +12,15 @@ from radio_fast.ops._state import capturing, settle
 def size_of(tensor: Tensor) -> int:
     """The bytes that it keeps; of an opaque tensor, which shows no storage, those of its values."""
     return tensor.nbytes if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
+
+
+def stamp_of(*sources: Tensor) -> tuple:
+    """Which state of these weights something is computed from, for `TensorCache`.
+
+    Without the reference to a storage, which keeps no memory of it but its identity, a new weight at the address of one
+    that is gone would pass for it.
+    """
+    return tuple((StorageWeakRef(t.untyped_storage()), t.data_ptr(), t._version, t.shape) for t in sources)
 
 
 class TensorCache:

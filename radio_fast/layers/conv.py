@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from radio_fast.layers.cache import TensorCache
+from radio_fast.layers.cache import TensorCache, stamp_of
 from radio_fast.ops import conv
 
 
@@ -49,8 +49,7 @@ class Conv(nn.Conv2d):
         return conv.ACTIVATIONS[self.activation](y).permute(0, 2, 3, 1)
 
     def _packed(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        stamp = weight.data_ptr(), weight._version, weight.shape
+        weight, stamp = self.weight, stamp_of(self.weight)
         key = conv.shape_key(x, weight, self.stride[0], self.groups)
         layout = conv.layout_of(key)
         packed = None if layout is None else self._cache.get((x.dtype, layout), stamp)

@@ -44,8 +44,8 @@ def fill_int8(vit: VisionTransformer, state: State, release: Callable[[Tensor], 
     blocks, vit.blocks = vit.blocks, nn.ModuleList()
     parts = [{} for _ in blocks]
     for name in [name for name in state if name.startswith("blocks.")]:
-        _, number, leaf = name.split(".", 2)
-        if number.isdigit() and int(number) < len(parts):
+        number, _, leaf = name.removeprefix("blocks.").partition(".")
+        if number.isdecimal() and int(number) < len(parts):
             parts[int(number)][leaf] = state.pop(name)
     cpu = torch.device("cpu")
     fill(vit, state, "", cpu, torch.bfloat16, release)

@@ -7,6 +7,7 @@ import socket
 import time
 from types import FrameType
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,12 +19,55 @@ GRACE_SECONDS = 5  # for the last bytes of answers
 UNREAD_SECONDS = 60  # those that the client's machine has not taken by then are dropped
 
 
+class Parser(httptools.HttpRequestParser):
+    """httptools' own takes what follows a wish for another protocol (`Upgrade: h2c`, which Java's client sends with
+    every request) for that protocol, be it the request's body. Here another parser is given the head without the wish.
+    """
+
+    def __init__(self, protocol: Protocol):
+        super().__init__(protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self._protocol = protocol
+
+    @property
+    def wished(self) -> bool:
+        return self.should_upgrade() and self.get_method() != b"CONNECT"
+
+    def feed_data(self, data: bytes) -> None:
+        parser, left = super(), memoryview(data)
+        while left:
+            try:
+                return parser.feed_data(left)
+            except httptools.HttpParserUpgrade as wish:
+                left, head = left[wish.args[0] :], self._protocol.plain_head()
+                self._protocol.parser = Parser(self._protocol)
+                parser = super(Parser, self._protocol.parser)
+                parser.feed_data(head)
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's with the parser in C, and the bound on headers and trailers its other one has: that one, in Python,
     takes longer over a request that is refused than all the rest does.
     """
 
     _held = 0  # bytes since the request's beginning, or a part of its body
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parser = Parser(self)
+
+    def plain_head(self) -> bytes:
+        """The head just parsed, without what asks for another protocol."""
+        head = self.parser.get_method() + b" " + self.url + b" HTTP/%s\r\n" % self.parser.get_http_version().encode()
+        return head + b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade") + b"\r\n"
+
+    def on_headers_complete(self) -> None:
+        if not self.parser.wished:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.wished:
+            super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
         self._held += len(data)

@@ -14,7 +14,7 @@ import radio_fast
 from radio_fast import native_cpu, ops
 from radio_fast.layers.linear_int8 import LinearInt8
 from radio_fast.layers.mlp import Linear
-from radio_fast.models.int8 import even_out, mean_squares
+from radio_fast.models.int8 import even_out, fill_int8, mean_squares
 from tests.conftest import golden_source
 from tests.numerics import assert_tokens
 
@@ -109,6 +109,15 @@ def test_layers_of_zeros_have_an_int8_form():
     block.mlp.fc1.weight.data[3, 5] = torch.nan
     with pytest.raises(ValueError, match="a weight with NaN or infinity has no int8 form"):
         LinearInt8(block.mlp.fc1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["blocks.", "blocks.1", "blocks.0x.attn.qkv.weight", "blocks.².attn.qkv.weight"])
+def test_names_that_are_no_block_s_are_passed_over(name, model):
+    """As `load` does in other dtypes."""
+    made, source = (radio_fast.load(golden_source("vit_h16"), dtype=dtype).model for dtype in ("bfloat16", "float32"))
+    fill_int8(made, source.state_dict() | {name: torch.zeros(3)})
+    assert torch.equal(made.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
 
 
 @needs_amx

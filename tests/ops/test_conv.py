@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,6 +148,16 @@ def test_a_changed_weight_is_packed_anew(dtype, packs):
     one.to(torch.float64).to(dtype)
     assert not one._cache.entries
     check(one, x)
+
+
+def test_a_new_weight_at_an_old_address(packs):
+    """The next one of its size often follows one that is freed there, as little changed as that was."""
+    one, x, memory = layer(16, 16, 3), image(1, 6, 6, 16), np.empty((16, 16, 3, 3), np.float32)
+    for seed in range(2):
+        memory[:] = layer(16, 16, 3, seed=seed).weight.numpy()
+        one.weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
+        check(one, x)
+    assert len(packs) == 2
 
 
 def test_both_dtypes_of_autocast(packs):

@@ -10,6 +10,7 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -443,6 +444,31 @@ def test_headers_without_an_end(start, endless):
             assert sent < 2**24, "16 MB were taken"
         until(lambda: not running.server.server_state.connections)
         assert httpx.get(f"{running.url}/health/live").status_code == 200
+
+
+WISH = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA\r\n"
+
+
+@pytest.mark.parametrize("parts", [1, 60], ids=["at once", "in parts"])
+@pytest.mark.parametrize(
+    "close, version", [(b"", b"1.1"), (b"Connection: close, Upgrade\r\n", b"1.1"), (b"", b"1.0")], ids=str
+)
+def test_a_wish_for_another_protocol_is_passed_over(close, version, parts):
+    """The body is the request's, and what follows it another one."""
+    with serving(Scripted(lambda number: result())) as running:
+        body = part("images", b"x" * 1000) + b"--X--\r\n"
+        head = b"POST /embed HTTP/%s\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=X\r\n" % version
+        post = head + WISH + close + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        get = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        stays = not close and version == b"1.1"
+        sent = post * 2 + get if stays else post
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+            step = -(-len(sent) // parts)
+            for first in range(0, len(sent), step):
+                connection.sendall(sent[first : first + step])
+                time.sleep(0.001)
+            answers = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answers.count(b"HTTP/1.1 200") == (3 if stays else 1) and b"HTTP/1.1 4" not in answers
 
 
 def test_long_headers_and_many_small_chunks_are_taken():
