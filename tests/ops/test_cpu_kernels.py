@@ -196,6 +196,18 @@ def test_nothing_in_nothing_out():
     assert native_cpu.layer_norm(random(0, 8), None, random(8), None, 1e-6, 1.0)[1].shape == (0, 8)
 
 
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("offset", (0, 8))
+def test_memory_that_has_been_given_back(which, offset):
+    """As by sharded training; a bias or residual would else count as none."""
+    shapes = (4, 32), (8, 32), (8,), (4, 8)
+    made = [random(offset + torch.Size(shape).numel())[offset:].view(shape) for shape in shapes]
+    made[2] = torch.ones(offset + 8)[offset:]
+    made[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been given back"):
+        native_cpu.linear(made[0], made[1], made[2], None, made[3])
+
+
 def test_what_the_library_refuses():
     with pytest.raises(ValueError, match="K must be at least 1, got 0"):
         native_cpu.linear(random(2, 0), random(8, 0), None, None, None)
