@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from radio_fast.ops._state import capturing, settle
 
@@ -11,6 +12,15 @@ from radio_fast.ops._state import capturing, settle
 def size_of(tensor: Tensor) -> int:
     """The bytes that it keeps; of an opaque tensor, which shows no storage, those of its values."""
     return tensor.nbytes if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
+
+
+def state_of(*sources: Tensor) -> tuple:
+    """Which values the tensors have, as far as torch counts changes: a stamp for `TensorCache`.
+
+    An address alone is another tensor's as soon as this one is freed; a weak reference to its storage, while it is
+    kept, is no other's.
+    """
+    return tuple((StorageWeakRef(t.untyped_storage()), t.data_ptr(), t._version, t.shape) for t in sources)
 
 
 class TensorCache:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from radio_fast.layers.cache import TensorCache
+from radio_fast.layers.cache import TensorCache, state_of
 from radio_fast.ops import conv
 
 
@@ -50,7 +50,7 @@ class Conv(nn.Conv2d):
 
     def _packed(self, x: Tensor) -> Tensor:
         weight = self.weight
-        stamp = weight.data_ptr(), weight._version, weight.shape
+        stamp = state_of(weight)
         key = conv.shape_key(x, weight, self.stride[0], self.groups)
         layout = conv.layout_of(key)
         packed = None if layout is None else self._cache.get((x.dtype, layout), stamp)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_fast import ops
-from radio_fast.layers.cache import TensorCache
+from radio_fast.layers.cache import TensorCache, state_of
 from radio_fast.layers.conditioner import InputConditioner
 from radio_fast.layers.packing import Packing
 from radio_fast.ops._state import cacheable
@@ -71,7 +71,7 @@ class PatchGenerator(nn.Module):
         dtype = dtype or table.dtype
         if not cacheable(table):
             return self._resized(sizes, dtype)
-        stamp = table.data_ptr(), table._version
+        stamp = state_of(table)
         keys = [(h, w, dtype, table.device) for h, w in sizes]
         found = {key: self._pos_cache.get(key, stamp) for key in keys}
         missing = [key for key in keys if found[key] is None]

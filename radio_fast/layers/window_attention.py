@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from radio_fast import ops
 from radio_fast.layers.attention import Attention
-from radio_fast.layers.cache import TensorCache
+from radio_fast.layers.cache import TensorCache, state_of
 from radio_fast.ops._state import cacheable
 
 
@@ -75,7 +75,7 @@ class PositionBias(nn.Module):
         sources = (self.relative_coords_table, first.weight, first.bias, last.weight)
         if not cacheable(*sources):
             return self._compute(window, dtype)
-        stamp = tuple((source.data_ptr(), source._version) for source in sources)
+        stamp = state_of(*sources)
         bias = self._cache.get((window, dtype), stamp)
         if bias is None:
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used under autograd

@@ -149,6 +149,27 @@ def test_a_changed_weight_is_packed_anew(dtype, packs):
     check(one, x)
 
 
+@pytest.mark.parametrize("swap", ("parameter", "data"))
+def test_a_weight_replaced_twice_between_two_calls(swap, packs):
+    """The second one may lie where the first was."""
+    one, x = layer(16, 16, 3), image(1, 6, 6, 16)
+    check(one, x)
+    before = one.weight.data_ptr(), one.weight._version
+    for _ in range(20):
+        for _ in range(2):
+            changed = one.weight.detach() + 0.1
+            if swap == "data":
+                one.weight.data = changed
+            else:
+                one.weight = nn.Parameter(changed, requires_grad=False)
+            del changed
+        again = before == (one.weight.data_ptr(), one.weight._version)
+        check(one, x)
+        if again:
+            return
+        before = one.weight.data_ptr(), one.weight._version
+
+
 def test_both_dtypes_of_autocast(packs):
     """bfloat16 maps meet float32 weights: rounded once, kept beside the float32 ones."""
     one = layer(16, 24, 3, activation="gelu")
