@@ -1,7 +1,7 @@
 """The CPU kernels: csrc/cpu's shared library through ctypes (csrc/include/radio_fast_cpu.h), on tensors.
 
 They need a CPU with AMX. The library is looked for beside this file, or where RADIO_FAST_CPU_LIBRARY says, and loaded
-when it is first wanted.
+when it is first wanted. A tensor whose storage has been emptied is a RuntimeError.
 """
 
 from __future__ import annotations
@@ -117,6 +117,16 @@ def _call(entry: str, *arguments) -> None:
         raise ERRORS.get(status, RuntimeError)(text or f"{entry} failed with status {status}")
 
 
+def _address(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    # Sharded training empties storages: what is left of an address is the offset, far below those of memory.
+    if address < 1 << 40 and address == tensor.storage_offset() * tensor.element_size() and tensor.numel():
+        raise RuntimeError(f"the memory of a tensor of shape {tuple(tensor.shape)} has been given back")
+    return address
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x as (rows, D), D adjacent and rows a whole number of values apart: a view where it can be one."""
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -152,8 +162,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         residual = rows_of(residual)
     _call(
         "rf_cpu_linear",
-        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(None if residual is None else residual.data_ptr(), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
+        *(_address(x), _address(weight), _address(bias)),
+        *(_address(residual), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
         *(weight.stride(0), 0 if residual is None else residual.stride(0), N),
         *(DTYPES[weight.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
     )
@@ -187,8 +197,8 @@ def linear_int8(
         residual = rows_of(residual)
     _call(
         "rf_cpu_linear_int8",
-        *(x.data_ptr(), weight.data_ptr(), scale.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(None if residual is None else residual.data_ptr(), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
+        *(_address(x), _address(weight), _address(scale), _address(bias)),
+        *(_address(residual), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
         *(0 if residual is None else residual.stride(0), N, ACTIVATIONS[activation], torch.get_num_threads()),
     )
     return out
@@ -215,8 +225,8 @@ def layer_norm(
     threads = torch.get_num_threads() if out.numel() > 1 << 15 else 1
     _call(
         "rf_cpu_layer_norm",
-        *(rows.data_ptr(), None if others is None else others.data_ptr(), weight.data_ptr()),
-        *(None if bias is None else bias.data_ptr(), None if y is None else s.data_ptr(), out.data_ptr()),
+        *(_address(rows), _address(others), _address(weight)),
+        *(_address(bias), None if y is None else s.data_ptr(), out.data_ptr()),
         *(DTYPES[x.dtype], DTYPES[weight.dtype], *rows.shape, rows.stride(0)),
         *(0 if others is None else others.stride(0), eps, scale, threads),
     )
@@ -251,11 +261,11 @@ def attention(
         images, N, stride_b, starts = qkv.shape[0], qkv.shape[1], qkv.stride(0), None
     else:
         cu_seqlens = cu_seqlens.contiguous()
-        images, N, stride_b, starts = cu_seqlens.shape[0] - 1, 0, 0, cu_seqlens.data_ptr()
+        images, N, stride_b, starts = cu_seqlens.shape[0] - 1, 0, 0, _address(cu_seqlens)
     _, across, side = window or (0, 0, 0)
     _call(
         "rf_cpu_attention",
-        *(qkv.data_ptr(), starts, None, out.data_ptr(), images, N, qkv.shape[:-1].numel(), num_heads),
+        *(_address(qkv), starts, None, out.data_ptr(), images, N, qkv.shape[:-1].numel(), num_heads),
         *(width // (3 * num_heads), stride_b, qkv.stride(-2), across, side, torch.get_num_threads()),
     )
     return out
@@ -284,7 +294,7 @@ def window_attention(qkv: Tensor, num_heads: int, window: int, bias: Tensor | No
     qkv, bias = qkv.contiguous(), None if bias is None else bias.contiguous()
     _call(
         "rf_cpu_attention",
-        *(qkv.data_ptr(), None, None if bias is None else bias.data_ptr(), out.data_ptr(), B, H * W, B * H * W),
+        *(_address(qkv), None, _address(bias), out.data_ptr(), B, H * W, B * H * W),
         *(num_heads, width // (3 * num_heads), H * W * width, width, W, window, torch.get_num_threads()),
     )
     return out
@@ -323,10 +333,6 @@ class BlockParameters(NamedTuple):
     activation: str | None
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _pack_norm(norm: Norm | None) -> tuple:
     return (0, 0, 0.0, 0.0) if norm is None else (_address(norm.weight), _address(norm.bias), norm.eps, norm.scale)
 
@@ -363,7 +369,7 @@ def blocks(
     _, width, side = window or (0, 0, 0)
     x, normed = x.contiguous(), None if normed is None else normed.contiguous()
     norms = [*(_pack_norm(block.norm1) for block in chain[1:]), _pack_norm(after)]
-    inputs = (x.data_ptr(), _address(normed)), (out.data_ptr(), _address(out_normed))
+    inputs = (_address(x), _address(normed)), (out.data_ptr(), _address(out_normed))
     threads, packed = torch.get_num_threads(), []
     for i, (block, following) in enumerate(zip(chain, norms, strict=True)):
         wanted = following[0] and out_normed.data_ptr()

@@ -64,23 +64,25 @@ inline __m512 widen(__m256i halves) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-/* x · Φ(x) with Φ(x) = ½ + x · P(x²) to |x| = 4.75, where it is 1.2e-6 from its end: off by 1e-6, at −8 by 1e-5. */
+/* x · Φ(x) with Φ(x) = ½ + x · P(x²) to |x| = 4.75, where it is 1.2e-6 from its end: off by 1e-6, below −4.75, where it is
+ * −5.5e-6 instead of what vanishes, by 6e-6. NaN, the second of max's operands, stays NaN. */
 inline __m512 gelu(__m512 x) {
     constexpr float END = 4.75f;
     constexpr float P[] = {0.1487480103969574f,     -0.07366643846035004f,  0.05325455218553543f,
                            -0.04060446470975876f,   0.030202466994524002f,  -0.021351953968405724f,
                            0.01411155704408884f,    -0.008102214895188808f, 0.004025669768452644f,
                            -0.0025480797048658133f, 0.0017569295596331358f, -0.0005631232052110136f};
-    __m512 t = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(END)), _mm512_set1_ps(-END));
+    x = _mm512_max_ps(_mm512_set1_ps(-END), x);
+    __m512 t = _mm512_min_ps(x, _mm512_set1_ps(END));
     __m512 u = _mm512_fmsub_ps(_mm512_mul_ps(t, t), _mm512_set1_ps(2 / (END * END)), _mm512_set1_ps(1));
     __m512 r = _mm512_set1_ps(P[11]);
     for (int i = 10; i >= 0; i--) r = _mm512_fmadd_ps(r, u, _mm512_set1_ps(P[i]));
     return _mm512_mul_ps(x, _mm512_fmadd_ps(t, r, _mm512_set1_ps(0.5f)));
 }
 
-/* 2^x, and 2⁻¹²⁶ for less, to 2⁻¹³: what comes of it is rounded to bfloat16, 2⁻⁹. */
+/* 2^x, and 2⁻¹²⁶ for less, to 2⁻¹³: what comes of it is rounded to bfloat16, 2⁻⁹. NaN of NaN, max's second operand. */
 inline __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, whole);
     __m512 r = _mm512_fmadd_ps(f, _mm512_set1_ps(0.0558265f), _mm512_set1_ps(0.2401397f));

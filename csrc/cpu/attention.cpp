@@ -180,6 +180,7 @@ struct Body {
                 __m512 most = rest ? _mm512_mask_loadu_ps(low, rest, s + whole) : low;
                 for (int key = 0; key < whole; key += 16) most = _mm512_max_ps(most, _mm512_load_ps(s + key));
                 float m = _mm512_reduce_max_ps(most) * factor_of_scores;
+                if (p.bias && m == -INFINITY) m = -3e38f;  // a mask, of all of these keys: −∞ less −∞ would be NaN
                 if (!first && largest[row] > m) m = largest[row];
                 const __m512 offset = _mm512_set1_ps(-m), scale = _mm512_set1_ps(factor_of_scores);
                 __m512 sum = _mm512_setzero_ps();

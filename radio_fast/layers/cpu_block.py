@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from radio_fast import native_cpu
@@ -20,13 +20,13 @@ from radio_fast.ops import _dispatch
 from radio_fast.ops.attention import ATTENTION, HEAD_DIMS
 from radio_fast.ops.linear import LINEAR, LINEAR_ADD_NORM
 from radio_fast.ops.linear_int8 import LINEAR_INT8, packed_shape
-from radio_fast.ops.norm import LAYER_NORM, MAX_WIDTH
+from radio_fast.ops.norm import ADD_LAYER_NORM, LAYER_NORM, MAX_WIDTH
 
 if TYPE_CHECKING:
     from radio_fast.layers.block import Block
 
 BACKENDS = ("auto", _dispatch.CPU_OR_REFERENCE)
-OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ATTENTION, LINEAR_INT8)
+OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ADD_LAYER_NORM, ATTENTION, LINEAR_INT8)
 LONGEST = 1 << 36  # multiply-adds in one call, about 50 ms: only between calls Ctrl-C is heard
 
 
@@ -84,11 +84,16 @@ def _tiles(window: tuple[int, int, int], x: Tensor) -> bool:
     return h * w == x.shape[1] and not (h % k or w % k)
 
 
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    """An attribute, from where a module keeps its parameters: else it takes ten times as long, and there are many."""
+    found = module._parameters
+    return found[name] if name in found else getattr(module, name, None)
+
+
 def _norm(norm: LayerNorm | DynamicTanh | None, D: int, dtype: torch.dtype) -> Norm | None:
     if not untouched(norm, LayerNorm) or norm.backend not in BACKENDS:
         return None
-    # Where a module keeps them: an attribute takes ten times as long, and there are many.
-    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    weight, bias = _own(norm, "weight"), _own(norm, "bias")
     if weight is None or weight.shape != (D,) or not _like(dtype, weight, bias):
         return None
     return Norm(weight, bias, norm.eps, norm.scale)
@@ -99,7 +104,7 @@ def _layer(
 ) -> Layer | None:
     if not untouched(linear, Linear, LinearInt8) or linear.backend not in BACKENDS or linear.activation != activation:
         return None
-    bias, scale = linear._parameters.get("bias"), None
+    bias, scale = _own(linear, "bias"), None
     if bias is not None and not (bias.shape == shape[:1] and _like(torch.float32, bias, None)):
         return None
     if type(linear) is LinearInt8:
@@ -108,7 +113,7 @@ def _layer(
             return None
         shape = packed_shape(*shape)
     else:
-        weight = linear._parameters.get("weight")
+        weight = _own(linear, "weight")
     if weight is None or weight.shape != shape or not _like(dtype, weight, None):
         return None
     return Layer(weight, bias, scale)

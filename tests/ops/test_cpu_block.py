@@ -130,6 +130,19 @@ def test_otherwise_its_parts_are_called(change, calls, monkeypatch):
     assert "rf_cpu_blocks" not in calls and torch.equal(out, expected[0])
 
 
+@pytest.mark.parametrize("name", ("attn.qkv", "mlp.fc2", "norm2"))
+def test_a_bias_that_is_no_parameter(name, calls, monkeypatch):
+    """A plain tensor in its place, as functional code leaves it."""
+    block, after = make()
+    layer = block.get_submodule(name)
+    bias = layer.bias.detach() + 1
+    del layer.bias
+    layer.bias = bias
+    x = torch.randn(1, 20, D).to(BF16)
+    expected = by_parts(block, x, None, after, None, monkeypatch)
+    assert torch.equal(block.step(x, None, after)[0], expected[0])
+
+
 def test_layers_that_do_not_fit_together(calls):
     block, after = make()
     block.mlp.fc1 = type(block.mlp.fc1)(D, 152, activation="gelu").to(BF16).requires_grad_(False)
@@ -138,7 +151,7 @@ def test_layers_that_do_not_fit_together(calls):
     assert "rf_cpu_blocks" not in calls
 
 
-@pytest.mark.parametrize("name", ("BACKEND", "LINEAR", "LINEAR_ADD_NORM", "LAYER_NORM", "ATTENTION"))
+@pytest.mark.parametrize("name", ("BACKEND", "LINEAR", "LINEAR_ADD_NORM", "LAYER_NORM", "ADD_LAYER_NORM", "ATTENTION"))
 def test_the_environment_names_its_parts(name, calls, monkeypatch):
     block, after = make()
     monkeypatch.setenv(f"RADIO_FAST_{name}", "reference")

@@ -173,6 +173,14 @@ def test_linear_reads_nothing_beyond_its_arguments():
         check_linear(inside(17, K, seed=0), weight[1:], bias[2:-3], "swiglu")
 
 
+def test_gelu_of_what_vanishes():
+    """Far below zero the result is next to zero, however far, not a millionth of x."""
+    x = torch.tensor([-1e3, -1e30, -3e38]).view(3, 1).to(BF16)
+    actual = native_cpu.linear(x, torch.ones(1, 1, dtype=BF16), None, "gelu", None)
+    assert (actual.abs() < 1e-5).all()
+    assert native_cpu.linear(x * torch.nan, torch.ones(1, 1, dtype=BF16), None, "gelu", None).isnan().all()
+
+
 def test_a_nan_stays_in_its_row():
     x = random(40, 64)
     x[3, 5] = float("nan")
@@ -186,6 +194,18 @@ def test_nothing_in_nothing_out():
     assert native_cpu.attention(random(0, 5, 96), 2).shape == (0, 5, 32)
     assert native_cpu.attention(random(2, 0, 96), 2).shape == (2, 0, 32)
     assert native_cpu.layer_norm(random(0, 8), None, random(8), None, 1e-6, 1.0)[1].shape == (0, 8)
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("offset", (0, 8))
+def test_memory_that_has_been_given_back(which, offset):
+    """As by sharded training; a bias or residual would else count as none."""
+    shapes = (4, 32), (8, 32), (8,), (4, 8)
+    made = [random(offset + torch.Size(shape).numel())[offset:].view(shape) for shape in shapes]
+    made[2] = torch.ones(offset + 8)[offset:]
+    made[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been given back"):
+        native_cpu.linear(made[0], made[1], made[2], None, made[3])
 
 
 def test_what_the_library_refuses():
@@ -231,6 +251,19 @@ def test_attention_of_large_scores():
     qkv[..., 64] = OUTLIER
     check_attention(qkv, 1)
     check_attention(random(1, 300, 3 * 32) * 8, 1)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+def test_what_is_no_number_in_attention_is_seen(bad):
+    """In a query it is in that one's result alone, a NaN in a key in all of its head's; also beyond 256 keys."""
+    for N in (20, 300):
+        qkv = random(1, N, 3 * 2 * 32).abs()
+        qkv[0, N - 1, 0] = bad
+        out = native_cpu.attention(qkv, 2)
+        assert out[0, N - 1, :32].isnan().all() and out.isnan().sum() == 32
+        qkv = random(1, N, 3 * 2 * 32).abs()
+        qkv[0, N - 1, 64] = float("nan")
+        assert torch.equal(native_cpu.attention(qkv, 2).isnan().any(1), torch.arange(64)[None] < 32)
 
 
 @pytest.mark.parametrize("lengths", ([5, 1, 40], [300, 17], [0, 3, 0, 20], [33]))

@@ -80,6 +80,15 @@ def test_large_scores_and_a_large_bias():
     check(qkv, 1, 17, bias)
 
 
+def test_masked_keys():
+    """A bias of −∞: no weight, also where it is all of a block of keys, the first or the last."""
+    qkv, bias = qkv_like(1, 17, 17, 3 * 32, dtype=BF16, device="cpu"), bias_of(1, 17)
+    for masked in (slice(0, 160), slice(160, None), slice(7, 9)):
+        holes = bias.clone()
+        holes[:, :, masked] = -torch.inf
+        check(qkv, 1, 17, holes)
+
+
 def test_strided_arguments_and_nothing_read_beyond_them():
     wide = torch.full((2, 9, 10, 3 * 32 + 16), float("nan"), dtype=BF16)
     wide[:, :8, 1:9, 8:-8] = qkv_like(2, 8, 8, 3 * 32, dtype=BF16, device="cpu")
