@@ -41,12 +41,6 @@ def device() -> str:
 
 
 @pytest.fixture
-def without_packed_convolutions(monkeypatch):
-    """E-RADIO's convolutions are plain PyTorch's on a CPU too: what stands in for graphs reads storages."""
-    monkeypatch.setattr("radio_fast.ops.conv.trusted", lambda dtype: False)
-
-
-@pytest.fixture
 def without_amx(monkeypatch):
     """A CPU on which none of our kernels run."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")

@@ -15,9 +15,7 @@ from radio_fast.graphs.state import pointer_check
 from radio_fast.model import RadioOutput
 from tests.tape import assert_same, eager, image, load, replays, warm
 
-pytestmark = pytest.mark.usefixtures(
-    "without_amx", "without_packed_convolutions"
-)  # the stand-in for graphs records PyTorch's operators
+pytestmark = pytest.mark.usefixtures("without_amx")  # the stand-in for graphs records PyTorch's operators
 
 DEVICE = torch.device("cuda", 0)
 

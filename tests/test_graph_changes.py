@@ -20,9 +20,7 @@ from tests.tape import Recorder, Subclass, assert_same, eager, flat, image, load
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:attention windows"),
-    pytest.mark.usefixtures(
-        "without_amx", "without_packed_convolutions"
-    ),  # the stand-in for graphs records PyTorch's operators
+    pytest.mark.usefixtures("without_amx"),  # the stand-in for graphs records PyTorch's operators
 ]
 
 # -- calls that run as they are ----------------------------------------------------------------------------------------

@@ -20,9 +20,7 @@ from tests.tape import Subclass, Tape, assert_same, eager, image, load, replays,
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:attention windows"),
-    pytest.mark.usefixtures(
-        "without_amx", "without_packed_convolutions"
-    ),  # the stand-in for graphs records PyTorch's operators
+    pytest.mark.usefixtures("without_amx"),  # the stand-in for graphs records PyTorch's operators
 ]
 
 # -- replays -----------------------------------------------------------------------------------------------------------
