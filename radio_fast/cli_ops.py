@@ -18,7 +18,7 @@ from radio_fast.doctor import examine_ops
 from radio_fast.models.registry import find_version
 from radio_fast.ops import _dispatch
 from radio_fast.ops._tuning import store
-from radio_fast.runtime import resolve_device
+from radio_fast.runtime import DTYPES, resolve_device
 from radio_fast.tune import Choice, check_tunable, choices, tune
 
 
@@ -76,6 +76,8 @@ def tune_command(
     """
     if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", batch) or not all(map(int, batch.split(","))):
         raise ValueError(f"--batch must be numbers of images from 1 on, separated by commas, got {batch!r}")
+    if dtype not in DTYPES:  # int8 is for CPUs, where nothing is measured
+        raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
     where = resolve_device(device)
     check_tunable(where)
     model = radio_fast.load(
