@@ -51,6 +51,8 @@ def cpu_section(folder: Path) -> list[str]:
     lines = []
     for file in sorted(folder.glob("*.json")):
         report = json.loads(file.read_text(encoding="utf-8"))
+        if "benchmarks" not in report:  # of another script, with a table of its own
+            continue
         cpu, commit = report["machine_info"]["cpu"], report["commit_info"]["id"][:12]
         where = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name
         rows = []

@@ -242,7 +242,7 @@ REFUSED = {
     "two dtypes": ({"dtype": "float16", "torch_dtype": "bfloat16"}, "give one of them"),
     "two devices": ({"device": "cpu", "device_map": "cpu"}, "device and device_map mean the same here"),
     "spread": ({"device_map": {"a": 0, "b": 1}}, "device_map must be one device for the whole model"),
-    "dtype": ({"dtype": "fp8"}, "dtype must be float32, float16 or bfloat16, got 'fp8'"),
+    "dtype": ({"dtype": "fp8"}, "dtype must be float32, float16, bfloat16 or int8, got 'fp8'"),
     "config": ({"config": transformers.RadioConfig()}, "config.hidden_size is 1280, the weights have 128: leave"),
     "revision of a folder": ({"revision": "main"}, "revision, .* are for a Hugging Face repository"),
 }

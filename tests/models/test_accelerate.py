@@ -231,7 +231,7 @@ def test_options():
     assert radio_fast.accelerate(theirs, backend="reference").backend == "reference"
     assert radio_fast.accelerate(theirs, cuda_graphs=True).graphs is not None
     for option, message in (
-        ({"backend": "fast"}, "backend must be one of 'auto', 'reference', 'triton', got 'fast'"),
+        ({"backend": "fast"}, "backend must be one of 'auto', 'reference', 'triton', 'cpu', got 'fast'"),
         ({"cuda_graphs": 1}, "cuda_graphs must be True, False or None"),
         ({"version": "radio_v2.5"}, "unknown version 'radio_v2.5': did you mean"),
     ):
