@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "golden" / "vit_h16" / "checkpoint.pth.tar"
 PICTURES = 64
 BATCH = 8  # images that the token budget holds
-QUEUE = 2 * BATCH  # images in the server: one batch in the model, the next one waiting
+QUEUE = BATCH * 3 // 2  # images in the server, which bound how long one waits: a batch in the model, half of one waiting
 LOADS = (0.5, 1.0, 3.0)  # of the capacity measured before
 ROUNDS, SECONDS = 3, 8.0
 SOAK = 300.0 if os.environ.get("RADIO_FAST_BENCH") == "full" else 30.0
