@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "golden" / "vit_h16" / "checkpoint.pth.tar"
 PICTURES = 64
 BATCH = 8  # images that the token budget holds
-QUEUE = BATCH * 3 // 2  # images in the server, which bound how long one waits: a batch in the model, half of one waiting
+QUEUE = BATCH * 3 // 2  # images in the server, a bound on each one's wait: a batch in the model, half of one waiting
 LOADS = (0.5, 1.0, 3.0)  # of the capacity measured before
 ROUNDS, SECONDS = 3, 8.0
 SOAK = 300.0 if os.environ.get("RADIO_FAST_BENCH") == "full" else 30.0

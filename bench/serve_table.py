@@ -17,22 +17,26 @@ def table(report: dict) -> str:
         f"{where}, torch {machine['torch']}, commit {report['commit_info']['id'][:12]}. Server, callers and bare model "
         "share the cores; JPEGs of one size, bfloat16, medians of interleaved rounds.",
         "",
-        "| model | model alone, images/s | Embedder | of it | HTTP, closed loop | of it |",
-        "|---|---|---|---|---|---|",
     ]
     loads = {name: info for name, info in rows.items() if "loads" in info}
+    if loads:
+        lines += [
+            "| model | model alone, images/s | Embedder | of it | HTTP, closed loop | of it |",
+            "|---|---|---|---|---|---|",
+        ]
     for name, info in loads.items():
         rate, share = info["images_per_s"], info["of_the_model"]
         cells = [f"{rate[who]:.1f} | {share[who]:.2f}" for who in ("Embedder", "HTTP")]
         lines.append(f"| {name} | {rate['model alone']:.1f} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Open loop, images arriving at random moments, at so many times the closed loop's rate; latencies of those",
-        "that were taken:",
-        "",
-        "| model | load | images/s | p50, ms | p99, ms | answered 429 | p99 at 3 × / at 0.5 × |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    if loads:
+        lines += [
+            "",
+            "Open loop, images arriving at random moments, at so many times the closed loop's rate; latencies of those",
+            "that were taken:",
+            "",
+            "| model | load | images/s | p50, ms | p99, ms | answered 429 | p99 at 3 × / at 0.5 × |",
+            "|---|---|---|---|---|---|---|",
+        ]
     for name, info in loads.items():
         for share, seen in info["loads"].items():
             answers = seen["statuses"]
