@@ -133,6 +133,13 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def _operands(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As the linear kernels take them."""
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    return rows_of(x), bias, None if residual is None else rows_of(residual)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
     """residual + act(x·weightᵀ + bias).
 
@@ -153,13 +160,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     out = x.new_empty(shape)
     if not out.numel():
         return out
-    x = rows_of(x)
+    x, bias, residual = _operands(x, bias, residual)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
-        bias = bias.float().contiguous()
-    if residual is not None:
-        residual = rows_of(residual)
     _call(
         "rf_cpu_linear",
         *(_address(x), _address(weight), _address(bias)),
@@ -189,12 +192,8 @@ def linear_int8(
     out = x.new_empty((*x.shape[:-1], N))
     if not out.numel():
         return out
-    x = rows_of(x)
+    x, bias, residual = _operands(x, bias, residual)
     weight, scale = weight.contiguous(), scale.contiguous()
-    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
-        bias = bias.float().contiguous()
-    if residual is not None:
-        residual = rows_of(residual)
     _call(
         "rf_cpu_linear_int8",
         *(_address(x), _address(weight), _address(scale), _address(bias)),

@@ -41,6 +41,25 @@ def device() -> str:
 
 
 @pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The entries of the CPU kernels' library that are called."""
+    from radio_fast import native_cpu
+
+    made, call = [], native_cpu._call
+    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
+    return made
+
+
+@pytest.fixture(params=(1, 2, 3, 4))
+def threads(request):
+    """Of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def without_amx(monkeypatch):
     """A CPU on which none of our kernels run."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")

@@ -70,7 +70,7 @@ class Gate:
 
         body = _Body(self, receive, "json" in Headers(scope=scope).get("content-type", "").lower())
         try:
-            self._admit(path, Headers(scope=scope))
+            self._admit(scope["method"], path, Headers(scope=scope))
             if path in OPEN or path == METRICS:
                 await self.app(scope, body.receive, watch)
             else:
@@ -82,7 +82,7 @@ class Gate:
             body.release()
             self.prometheus.observe(path, status, time.perf_counter() - start)
 
-    def _admit(self, path: str, headers: Headers) -> None:
+    def _admit(self, method: str, path: str, headers: Headers) -> None:
         if path in OPEN:
             return
         if self.key is not None:
@@ -95,7 +95,9 @@ class Gate:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
             raise self.too_large()
-        if path in EMBEDS:  # at overload most requests end here: reading one costs more than its answer
+        if (
+            method == "POST" and path in EMBEDS
+        ):  # at overload most requests end here: reading one costs more than its answer
             self.service.check_room()
 
     def too_large(self) -> ApiError:

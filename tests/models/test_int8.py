@@ -30,13 +30,6 @@ def model():
     return radio_fast.load(golden_source("vit_h16"), dtype="int8")
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    made, call = [], native_cpu._call
-    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
-    return made
-
-
 def image(model, B: int = 2) -> torch.Tensor:
     side = model.model.only_size or 2 * model.min_resolution_step
     return torch.rand(B, 3, side, side, generator=torch.Generator().manual_seed(3)).to(BF16)

@@ -24,14 +24,6 @@ BF16 = torch.bfloat16
 D = 96
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """The library's entries that are called."""
-    made, call = [], native_cpu._call
-    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
-    return made
-
-
 def make(dtype: torch.dtype = BF16, mlp: nn.Module | None = None, qkv_bias: bool = True) -> tuple[Block, LayerNorm]:
     torch.manual_seed(0)
     block = Block(LayerNorm(D, scale=0.5), Attention(D, 3, qkv_bias), LayerNorm(D, 1e-3), mlp or Mlp(D, 160))

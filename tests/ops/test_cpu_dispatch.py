@@ -22,14 +22,6 @@ needs_amx = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """The library's entries that are called."""
-    made, call = [], native_cpu._call
-    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
-    return made
-
-
-@pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(0)).to(BF16)
 

@@ -20,14 +20,6 @@ ROWS = (1, 15, 16, 17, 31, 33, 64, 206)
 OUTLIER = 200.0
 
 
-@pytest.fixture(params=(1, 2, 4))
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

@@ -16,22 +16,6 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(params=(1, 3))
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def entries(monkeypatch) -> list[str]:
-    """The library's entries that are called."""
-    made, call = [], native_cpu._call
-    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
-    return made
-
-
 def bias_of(heads: int, window: int) -> torch.Tensor:
     """E-RADIO's: −16 to 0."""
     return bias_like(heads, window, dtype=BF16, device="cpu").float().sigmoid().mul(16).sub(16).to(BF16).contiguous()
@@ -112,18 +96,18 @@ def test_nothing_outside_the_result_is_written(monkeypatch):
     assert block[:128].isnan().all() and block[-128:].isnan().all() and not block[128:-128].isnan().any()
 
 
-def test_auto_takes_it_where_windows_fit(entries):
+def test_auto_takes_it_where_windows_fit(calls):
     with torch.inference_mode():
         qkv, bias = qkv_like(1, 8, 8, 96, dtype=BF16, device="cpu"), bias_of(2, 4)
         ops.window_attention(qkv, 2, 4, bias)
-        assert entries == ["rf_cpu_attention"]
+        assert calls == ["rf_cpu_attention"]
         ops.window_attention(qkv[:, :, :7], 2, 4, bias)
         ops.window_attention(qkv.float(), 2, 4, bias.float())
         ops.window_attention(qkv.half(), 2, 4, bias.half())
         ops.window_attention(qkv[..., :72], 2, 4, bias)
-    assert len(entries) == 1
+    assert len(calls) == 1
     ops.window_attention(qkv_like(1, 8, 8, 96, dtype=BF16, device="cpu").requires_grad_(), 2, 4, None).sum().backward()
-    assert len(entries) == 1
+    assert len(calls) == 1
 
 
 def test_never_without_amx(without_amx):

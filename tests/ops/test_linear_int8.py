@@ -49,21 +49,6 @@ def check(x, plain, packed, scale, bias=None, activation=None, residual=None):
     assert_within(actual, truth(x, plain, scale, *others), linear_int8_ref(x, packed, scale, *others))
 
 
-@pytest.fixture(params=(1, 2, 4))
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    made, call = [], native_cpu._call
-    monkeypatch.setattr(native_cpu, "_call", lambda entry, *args: (made.append(entry), call(entry, *args))[1])
-    return made
-
-
 def guard(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     made = []
 
@@ -276,6 +261,7 @@ def test_what_is_refused():
     x = random(3, 64)
     for arguments, reason in (
         ((x, packed, scale, None, "silu"), "activation must be None or 'gelu', got 'silu'"),
+        ((x, packed, scale, None, "swiglu"), "activation must be None or 'gelu', got 'swiglu'"),
         ((x.double(), packed, scale, None), "x must be bfloat16, float16 or float32, got torch.float64"),
         ((x, packed.short(), scale, None), "weight must be int8 and scale float32, got torch.int16"),
         ((x, packed, scale.double(), None), "weight must be int8 and scale float32"),

@@ -529,6 +529,7 @@ def test_without_room_a_body_is_not_waited_for(path, refusal, status, code):
             assert answer.status == status and json.loads(answer.read())["error"]["code"] == code
             assert answer.headers["Retry-After"] == ("3" if status == 429 else "1")
             one.send(body)
+        assert httpx.get(f"{running.url}{path}").status_code == 405
         embedder.refusal = None
         one.request("POST", "/embed", body, {"Content-Type": "multipart/form-data; boundary=X"})
         assert one.getresponse().status == 200
