@@ -20,7 +20,7 @@ from torch import Tensor
 
 from radio_fast import native
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY = "libradio_fast_cpu.so"
 REASON = "libradio_fast_cpu.txt"  # the build leaves it in the library's place: why there is none
 DTYPES = {torch.bfloat16: 1, torch.float32: 2}
@@ -32,13 +32,13 @@ ENTRIES = {
     "rf_cpu_abi_version": (_I, []),
     "rf_cpu_last_error": (ctypes.c_char_p, []),
     "rf_cpu_features": (ctypes.c_char_p, []),
-    "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, _I, _I, _I]),
+    "rf_cpu_linear": (_I, [*[_P] * 5, *[_L] * 7, *[_I] * 4]),
     "rf_cpu_linear_int8": (_I, [*[_P] * 6, *[_L] * 6, _I, _I]),
     "rf_cpu_layer_norm": (_I, [*[_P] * 6, _I, _I, *[_L] * 4, _F, _F, _I]),
-    "rf_cpu_attention": (_I, [*[_P] * 4, *[_L] * 9, _I]),
+    "rf_cpu_attention": (_I, [*[_P] * 4, _I, *[_L] * 9, _I]),
     "rf_cpu_blocks": (_I, [ctypes.c_char_p, _L]),
 }
-_BLOCK = struct.Struct("=6q" + "2q2d" * 3 + "3q" * 4 + "10q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
+_BLOCK = struct.Struct("=6q" + "2q2d" * 3 + "3q" * 4 + "11q")  # rf_cpu_block_arguments; a pointer is a q, null is 0
 # What oneDNN understands too: whoever takes AMX from it, to compare or to be safe, takes it from these kernels.
 MASK, WITH_AMX = "ONEDNN_MAX_CPU_ISA", ("", "ALL", "DEFAULT")
 
@@ -168,7 +168,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         *(_address(x), _address(weight), _address(bias)),
         *(_address(residual), out.data_ptr(), x.shape[0], N, K, x.stride(0)),
         *(weight.stride(0), 0 if residual is None else residual.stride(0), N),
-        *(DTYPES[weight.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
+        *(DTYPES[x.dtype], DTYPES[weight.dtype], ACTIVATIONS[activation], torch.get_num_threads()),
     )
     return out
 
@@ -264,7 +264,7 @@ def attention(
     _, across, side = window or (0, 0, 0)
     _call(
         "rf_cpu_attention",
-        *(_address(qkv), starts, None, out.data_ptr(), images, N, qkv.shape[:-1].numel(), num_heads),
+        *(_address(qkv), starts, None, out.data_ptr(), DTYPES[qkv.dtype], images, N, qkv.shape[:-1].numel(), num_heads),
         *(width // (3 * num_heads), stride_b, qkv.stride(-2), across, side, torch.get_num_threads()),
     )
     return out
@@ -293,7 +293,7 @@ def window_attention(qkv: Tensor, num_heads: int, window: int, bias: Tensor | No
     qkv, bias = qkv.contiguous(), None if bias is None else bias.contiguous()
     _call(
         "rf_cpu_attention",
-        *(_address(qkv), None, _address(bias), out.data_ptr(), B, H * W, B * H * W),
+        *(_address(qkv), None, _address(bias), out.data_ptr(), DTYPES[qkv.dtype], B, H * W, B * H * W),
         *(num_heads, width // (3 * num_heads), H * W * width, width, W, window, torch.get_num_threads()),
     )
     return out
@@ -375,7 +375,7 @@ def blocks(
         addresses = *inputs[i > 0], out.data_ptr(), wanted, workspace.data_ptr(), _address(cu_seqlens)
         layers = itertools.chain.from_iterable(map(_address, layer) for layer in block[2:6])
         sizes = images, N, D, block.num_heads, block.hidden, width, side
-        kinds = ACTIVATIONS[block.activation], DTYPES[block.norm1.weight.dtype], threads
+        kinds = ACTIVATIONS[block.activation], DTYPES[x.dtype], DTYPES[block.norm1.weight.dtype], threads
         both = *_pack_norm(block.norm1), *_pack_norm(block.norm2)
         packed.append(_BLOCK.pack(*addresses, *both, *following, *layers, *sizes, *kinds))
     _call("rf_cpu_blocks", b"".join(packed), len(packed))

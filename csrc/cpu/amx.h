@@ -1,18 +1,18 @@
-/* AMX tiles and AVX-512 arithmetic of the CPU kernels. Include only from files that are run after `has_amx`. */
+/* AMX tiles, and bfloat16's arithmetic on AVX-512. Include only from files that are run after `has_amx`. */
 #ifndef RADIO_FAST_CPU_AMX_H
 #define RADIO_FAST_CPU_AMX_H
 
 #include <atomic>
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-/* Everything below, and in the files that include this, is compiled for a CPU with AMX, whatever the compiler's flags. */
+#include "avx512.h"
+
+/* Everything below, and in the files that include this, is compiled for a CPU with AMX. */
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,fma,avx2,bmi2,prfchw")
 
 namespace rf {
 namespace amx {
+
+using namespace avx512;
 
 typedef uint16_t bf16;
 constexpr int TILE = 1024;  // bytes: 16 rows of 64
@@ -95,40 +95,6 @@ inline __m512 exp2_of(__m512 x) {
 inline __m512 silu(__m512 x) {
     __m512 e = exp2_of(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
     return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1)));
-}
-
-/* Of 16 rows of 64 bytes the 4-byte words 4q…4q + 3, each as a row. The first two of a plain transposition's four passes
- * of shuffles, for which there is but one port, are loads here. `rows` ≤ 16 of them are there, the others are zeros. */
-inline __attribute__((always_inline)) void transpose_quarter(
-    const char *from, int64_t stride, int q, __m512i out[4], int rows = 16) {
-    __m512i v[4];
-    for (int i = 0; i < 4; i++) {
-        const char *p = from + i * stride + 16 * q;
-        __m512i x = _mm512_setzero_si512();
-        if (rows > i) x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)p), 0);
-        if (rows > i + 4)
-            x = _mm512_mask_broadcast_i32x4(x, 0x00f0, _mm_loadu_si128((const __m128i *)(p + 4 * stride)));
-        if (rows > i + 8)
-            x = _mm512_mask_broadcast_i32x4(x, 0x0f00, _mm_loadu_si128((const __m128i *)(p + 8 * stride)));
-        if (rows > i + 12)
-            x = _mm512_mask_broadcast_i32x4(x, 0xf000, _mm_loadu_si128((const __m128i *)(p + 12 * stride)));
-        v[i] = x;  // the rows i, 4 + i, 8 + i, 12 + i
-    }
-    __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-    __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-    out[0] = _mm512_unpacklo_epi64(a, c);
-    out[1] = _mm512_unpackhi_epi64(a, c);
-    out[2] = _mm512_unpacklo_epi64(b, d);
-    out[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-/* All 16 of them. */
-inline void transpose_words(const char *from, int64_t stride, int rows, __m512i out[16]) {
-    if (rows == 16) {
-        for (int q = 0; q < 4; q++) transpose_quarter(from, stride, q, out + 4 * q);
-    } else {
-        for (int q = 0; q < 4; q++) transpose_quarter(from, stride, q, out + 4 * q, rows);
-    }
 }
 
 inline void store_tile(const __m512i words[16], char *tile) {

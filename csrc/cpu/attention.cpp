@@ -1,10 +1,10 @@
-/* Attention on AMX: softmax(q·kᵀ / √d + bias)·v of one head at a time.
+/* Attention in bfloat16, on AMX: softmax(q·kᵀ / √d + bias)·v of one head at a time.
  *
  * A head's keys and values are rearranged for the tile unit once and stay in L2. 32 queries meet blocks of up to 256 keys:
  * scores, then weights, of such a block are in L1; sums are rescaled when a later block has a larger score (Milakov and
  * Gimelshein, 2018). Scores, softmax and sums are float32, the weights that meet the values bfloat16.
  */
-#include "cpu.h"
+#include "attention.h"
 
 #include "amx.h"
 
@@ -16,49 +16,13 @@ using namespace amx;
 constexpr int QUERIES = 32, KEYS = 256;
 constexpr int SCORE_ROW = KEYS + 16, WEIGHT_ROW = KEYS + 32;  // rows that begin in other sets of L1
 
-struct Problem {
-    const bf16 *qkv;
-    bf16 *out;
-    const int32_t *starts;  // of packed images, or null
-    const bf16 *bias;       // of windows: (heads, window², window²), or null
-    int64_t images, N, tokens, heads, d, stride_b, stride_n;
-    int64_t width, windows, window;   // of a grid of tokens; 0 windows: none
-    int64_t sequences;                // whole images, packed ones or windows
-    int64_t steps, columns, splits;   // of 32 and of 16 values of a head; of the queries
-    float scale;                      // log2(e) / √d
-};
-
-/* The tokens that attend to each other. */
-struct Sequence {
-    const Problem &p;
-    int64_t image = 0, first = 0, count = 0;
-
-    Sequence(const Problem &problem, int64_t index) : p(problem) {
-        if (p.starts) {
-            int64_t a = p.starts[index], b = p.starts[index + 1];
-            a = a < 0 ? 0 : a > p.tokens ? p.tokens : a, b = b < a ? a : b > p.tokens ? p.tokens : b;
-            first = a, count = b - a;
-        } else if (p.windows) {
-            image = index / p.windows;
-            int64_t across = p.width / p.window, at = index % p.windows;
-            first = at / across * p.window * p.width + at % across * p.window, count = p.window * p.window;
-        } else {
-            image = index, count = p.N;
-        }
-    }
-
-    int64_t token(int64_t i) const {
-        return p.windows ? first + i / p.window * p.width + i % p.window : first + i;
-    }
-    const bf16 *row(int64_t i, int64_t head) const {
-        return p.qkv + image * p.stride_b + token(i) * p.stride_n + head * p.d;
-    }
-    bf16 *result(int64_t i) const { return p.out + (image * p.N + token(i)) * p.heads * p.d; }
+struct Problem : Attention {
+    int64_t steps, columns;  // of 32 and of 16 values of a head
+    float scale;             // log2(e) / √d
 };
 
 struct Body {
     const Problem &p;
-    int64_t longest;
 
     void give_up() {}
 
@@ -71,7 +35,7 @@ struct Body {
         int64_t packed = -1;
 
         explicit Local(Body &body) : p(body.p) {
-            const int64_t rows = (body.longest + 31) / 32 * 32;
+            const int64_t rows = (p.longest + 31) / 32 * 32;
             const size_t k = rows * p.steps * 64, v = rows / 32 * p.columns * TILE, q = 2 * p.steps * TILE;
             const size_t s = QUERIES * SCORE_ROW * 4, w = QUERIES * WEIGHT_ROW * 2, o = 2 * p.columns * TILE;
             char *memory = (char *)scratch(0, k + v + 2 * q + s + w + o + 2 * QUERIES * 4);
@@ -92,7 +56,7 @@ struct Body {
         void gather(const Sequence &tokens, int64_t head, int64_t first, char *to) {
             for (int row = 0; row < 16; row++) {
                 const bool there = first + row < tokens.count;
-                const bf16 *from = there ? tokens.row(first + row, head) : nullptr;
+                const bf16 *from = there ? (const bf16 *)p.qkv + tokens.row(first + row, head) : nullptr;
                 for (int64_t step = 0; step < p.steps; step++) {
                     __m512i values = there ? _mm512_maskz_loadu_epi16(mask(step), from + 32 * step) : _mm512_setzero_si512();
                     _mm512_store_si512(to + step * TILE + row * 64, values);
@@ -158,11 +122,11 @@ struct Body {
         void add_bias(int64_t head, int64_t query, int rows, int64_t first, int there) {
             const int64_t side = p.window * p.window;
             const __m512 scale = _mm512_set1_ps(p.scale), log2e = _mm512_set1_ps(1.44269504f);
-            const bf16 *from = p.bias + (head * side + query) * side + first;
+            const bf16 *from = (const bf16 *)p.bias + (head * side + query) * side + first;
             for (int row = 0; row < rows; row++, from += side) {
                 float *s = scores + row * SCORE_ROW;
                 for (int key = 0; key < there; key += 16) {
-                    const __mmask16 mask = there - key >= 16 ? 0xffff : (__mmask16)((1u << (there - key)) - 1);
+                    const __mmask16 mask = lanes(there - key);
                     __m512 b = widen(_mm256_maskz_loadu_epi16(mask, from + key));
                     _mm512_store_ps(s + key, _mm512_fmadd_ps(_mm512_load_ps(s + key), scale, _mm512_mul_ps(b, log2e)));
                 }
@@ -248,38 +212,33 @@ struct Body {
         void store(const Sequence &tokens, int64_t head, int64_t query, int rows) {
             for (int row = 0; row < rows; row++) {
                 const __m512 factor = _mm512_set1_ps(1 / total[row]);
-                bf16 *to = tokens.result(query + row) + head * p.d;
+                bf16 *to = (bf16 *)p.out + tokens.result(query + row) + head * p.d;
                 const float *at = sums + (row >> 4) * 256 + (row & 15) * 16;
                 for (int64_t c = 0; c < p.columns; c++, at += 512) {
-                    const int64_t left = p.d - 16 * c;
-                    const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
                     __m512 x = _mm512_mul_ps(_mm512_load_ps(at), factor);
-                    _mm256_mask_storeu_epi16(to + 16 * c, mask, (__m256i)_mm512_cvtneps_pbh(x));
+                    _mm256_mask_storeu_epi16(to + 16 * c, lanes(p.d - 16 * c), (__m256i)_mm512_cvtneps_pbh(x));
                 }
             }
         }
 
         void run(int64_t item) {
-            const int64_t split = item % p.splits, pair = item / p.splits;
-            // A head's bias stays in L2 for all windows.
-            const int64_t head = p.bias ? pair / p.sequences : pair % p.heads;
-            const Sequence tokens(p, p.bias ? pair % p.sequences : pair / p.heads);
-            const int64_t blocks = (tokens.count + QUERIES - 1) / QUERIES;
-            const int64_t from = blocks * split / p.splits, to = blocks * (split + 1) / p.splits;
-            if (from == to) return;
-            if (packed != pair) pack(tokens, head);
-            packed = pair;
+            Part part(p, item);
+            const Sequence tokens(p, part.sequence);
+            part.of_blocks((tokens.count + QUERIES - 1) / QUERIES, p.splits);
+            if (part.from == part.to) return;
+            if (packed != part.pair) pack(tokens, part.head);
+            packed = part.pair;
             const int64_t parts = (tokens.count + KEYS - 1) / KEYS;
             const int size = (int)(((tokens.count + parts - 1) / parts + 31) / 32 * 32);
-            for (int64_t query = from * QUERIES; query < to * QUERIES && query < tokens.count; query += QUERIES) {
+            for (int64_t query = part.from * QUERIES; query < part.to * QUERIES && query < tokens.count; query += QUERIES) {
                 const int rows = tokens.count - query < QUERIES ? (int)(tokens.count - query) : QUERIES;
-                gather(tokens, head, query, queries);
-                gather(tokens, head, query + 16, queries + p.steps * TILE);
+                gather(tokens, part.head, query, queries);
+                gather(tokens, part.head, query + 16, queries + p.steps * TILE);
                 for (int64_t key = 0; key < tokens.count; key += size) {
                     const int there = tokens.count - key < size ? (int)(tokens.count - key) : size;
                     const int count = (there + 31) / 32 * 32;
                     multiply_keys(key, count);
-                    if (p.bias) add_bias(head, query, rows, key, there);
+                    if (p.bias) add_bias(part.head, query, rows, key, there);
                     soften(rows, there, count, key == 0, p.bias ? 1 : p.scale);
                     order_memory();
                     int64_t column = 0;
@@ -287,7 +246,7 @@ struct Body {
                     if (column < p.columns) multiply_values<1>(key, count, column, key == 0);
                     order_memory();
                 }
-                store(tokens, head, query, rows);
+                store(tokens, part.head, query, rows);
             }
         }
     };
@@ -297,8 +256,9 @@ struct Body {
 }  // namespace rf
 
 rf_cpu_status rf_cpu_attention(
-    const void *qkv, const int32_t *cu_seqlens, const void *bias, void *out, int64_t images, int64_t N, int64_t tokens,
-    int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads) {
+    const void *qkv, const int32_t *cu_seqlens, const void *bias, void *out, int dtype, int64_t images, int64_t N,
+    int64_t tokens, int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window,
+    int threads) {
     using namespace rf;
     clear_error();
     if (images < 0 || N < 0 || tokens < 0 || heads < 1 || d < 8 || d > 256 || d % 8 || threads < 1)
@@ -306,26 +266,27 @@ rf_cpu_status rf_cpu_attention(
     if (window < 0 || (window && (cu_seqlens || width < 1 || width % window || N % width || N / width % window)))
         return fail(RF_CPU_BAD_ARGUMENT, "windows of %lld do not tile the tokens", (long long)window);
     if (bias && !window) return fail(RF_CPU_BAD_ARGUMENT, "a bias goes with windows");
+    if (dtype != RF_CPU_BFLOAT16 && dtype != RF_CPU_FLOAT32) return fail(RF_CPU_BAD_ARGUMENT, "no dtype %d", dtype);
     if (!*rf_cpu_features()) return fail(RF_CPU_UNSUPPORTED, "this CPU, or the system, has no AMX");
     if (!images || (!cu_seqlens && !N)) return RF_CPU_OK;
     Problem p{};
-    p.qkv = (const bf16 *)qkv, p.out = (bf16 *)out, p.starts = cu_seqlens, p.images = images, p.N = N;
-    p.tokens = tokens, p.heads = heads, p.d = d, p.stride_b = stride_b, p.stride_n = stride_n;
-    p.bias = (const bf16 *)bias, p.width = width, p.window = window, p.windows = window ? N / (window * window) : 0;
-    p.steps = (d + 31) / 32, p.columns = (d + 15) / 16;
-    p.scale = (float)(1.4426950408889634 / __builtin_sqrt((double)d));
-    int64_t longest = window ? window * window : N;
-    const int64_t sequences = p.sequences = window ? images * p.windows : images;
+    p.qkv = qkv, p.bias = bias, p.out = out, p.starts = cu_seqlens, p.images = images, p.N = N, p.tokens = tokens;
+    p.heads = heads, p.d = d, p.stride_b = stride_b, p.stride_n = stride_n;
+    p.width = width, p.window = window, p.windows = window ? N / (window * window) : 0;
+    p.longest = window ? window * window : N;
+    p.sequences = window ? images * p.windows : images;
     if (cu_seqlens) {
-        longest = 0;
+        p.longest = 0;
         for (int64_t i = 0; i < images; i++) {
             const int64_t count = Sequence(p, i).count;
-            longest = count > longest ? count : longest;
+            p.longest = count > p.longest ? count : p.longest;
         }
     }
-    const int64_t wanted = (4 * threads + sequences * heads - 1) / (sequences * heads), most = (longest + 255) / 256;
-    p.splits = wanted < most ? wanted : most > 0 ? most : 1;
-    Body body{p, longest};
-    bool done = for_each(sequences * heads * p.splits, threads, body);
+    if (dtype == RF_CPU_FLOAT32) return attention_f32(p, threads);
+    p.steps = (d + 31) / 32, p.columns = (d + 15) / 16;
+    p.scale = (float)(1.4426950408889634 / __builtin_sqrt((double)d));
+    p.split(threads, 256);
+    Body body{p};
+    bool done = for_each(p.sequences * heads * p.splits, threads, body);
     return done ? RF_CPU_OK : fail(RF_CPU_NO_MEMORY, "no memory for the keys and values of a head");
 }

@@ -16,24 +16,28 @@ rf_cpu_status run(const rf_cpu_block_arguments &b) {
     if (b.cu_seqlens && !covers(b.cu_seqlens, b.images, b.N))
         return fail(RF_CPU_BAD_ARGUMENT, "cu_seqlens must ascend from 0 to %lld", (long long)b.N);
     const int64_t rows = b.cu_seqlens ? b.N : b.images * b.N, D = b.D;
-    const int dtype = static_cast<int>(b.weight_dtype), threads = static_cast<int>(b.threads);
+    if (b.dtype != RF_CPU_BFLOAT16 && b.dtype != RF_CPU_FLOAT32)
+        return fail(RF_CPU_BAD_ARGUMENT, "no dtype %lld", (long long)b.dtype);
+    const int dtype = static_cast<int>(b.dtype), weights = static_cast<int>(b.weight_dtype), threads = static_cast<int>(b.threads);
     // Below that the threads take longer to start than to work.
     const int norm_threads = rows * D > 1 << 15 ? threads : 1;
     // What is no longer needed makes room: norm1's result for s, qkv for the hidden values, the attention's for norm2's.
-    uint16_t *s = static_cast<uint16_t *>(b.workspace), *mixed = s + rows * D, *wide = mixed + rows * D;
+    const int64_t bytes = (dtype == RF_CPU_FLOAT32 ? 4 : 2) * rows * D;
+    char *s = static_cast<char *>(b.workspace), *mixed = s + bytes, *wide = mixed + bytes;
     auto norm = [&](const rf_cpu_norm &n, const void *x, void *out) {
-        return rf_cpu_layer_norm(x, nullptr, n.weight, n.bias, nullptr, out, RF_CPU_BFLOAT16, dtype, rows, D, D, 0,
+        return rf_cpu_layer_norm(x, nullptr, n.weight, n.bias, nullptr, out, dtype, weights, rows, D, D, 0,
                                  static_cast<float>(n.eps), static_cast<float>(n.scale), norm_threads);
     };
     auto linear = [&](const rf_cpu_layer &l, const void *x, int64_t K, const void *residual, void *out, int64_t N, int act) {
+        if (l.scales && dtype != RF_CPU_BFLOAT16) return fail(RF_CPU_BAD_ARGUMENT, "int8 goes with bfloat16");
         if (l.scales)
             return rf_cpu_linear_int8(x, static_cast<const int8_t *>(l.weight), l.scales, static_cast<const float *>(l.bias),
                                       residual, out, rows, N, K, K, N, N, act, threads);
         return rf_cpu_linear(x, l.weight, static_cast<const float *>(l.bias), residual, out, rows, N, K, K, K, N, N, dtype,
-                             act, threads);
+                             weights, act, threads);
     };
     auto attention = [&] {
-        return rf_cpu_attention(wide, b.cu_seqlens, nullptr, mixed, b.images, b.N, rows, b.heads, D / b.heads, b.N * 3 * D,
+        return rf_cpu_attention(wide, b.cu_seqlens, nullptr, mixed, dtype, b.images, b.N, rows, b.heads, D / b.heads, b.N * 3 * D,
                                 3 * D, b.width, b.window, threads);
     };
     rf_cpu_status status = RF_CPU_OK;

@@ -1,4 +1,4 @@
-/* Linear layers on AMX: out = residual + act(x · weightᵀ + bias), worked out as (weight · xᵀ)ᵀ.
+/* Linear layers in bfloat16, on AMX: out = residual + act(x · weightᵀ + bias), worked out as (weight · xᵀ)ᵀ.
  *
  * Tiles of the weight are loaded from where it lies: there is no second copy of it, nor time spent on one. (A float32
  * weight is rounded 32 rows × 768 columns at a time, which stay in L1, and the last columns copied there where K is no
@@ -7,7 +7,7 @@
  * every 384 they cost 20 %. Bias, activation, residual and the way back to rows of tokens are worked out between the tile
  * instructions of the next 32 × 32, and the weight's next rows asked for.
  */
-#include "cpu.h"
+#include "linear.h"
 
 #include "amx.h"
 
@@ -317,8 +317,8 @@ rf_cpu_status launch(Problem &p, int threads) {
 
 rf_cpu_status rf_cpu_linear(
     const void *x, const void *weight, const float *bias, const void *residual, void *out, int64_t M, int64_t N,
-    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int weight_dtype, int activation,
-    int threads) {
+    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int dtype, int weight_dtype,
+    int activation, int threads) {
     using namespace rf;
     clear_error();
     if (M < 0 || N < 0 || K < 1 || threads < 1)
@@ -326,10 +326,13 @@ rf_cpu_status rf_cpu_linear(
     if (activation < RF_CPU_NONE || activation > RF_CPU_SWIGLU)
         return fail(RF_CPU_BAD_ARGUMENT, "no activation %d", activation);
     if (activation == RF_CPU_SWIGLU && residual) return fail(RF_CPU_BAD_ARGUMENT, "SwiGLU takes no residual");
-    if (weight_dtype != RF_CPU_BFLOAT16 && weight_dtype != RF_CPU_FLOAT32)
-        return fail(RF_CPU_BAD_ARGUMENT, "no weight of dtype %d", weight_dtype);
+    if ((dtype != RF_CPU_BFLOAT16 && dtype != RF_CPU_FLOAT32) || (weight_dtype != dtype && weight_dtype != RF_CPU_FLOAT32))
+        return fail(RF_CPU_BAD_ARGUMENT, "no weight of dtype %d for dtype %d", weight_dtype, dtype);
     if (!*rf_cpu_features()) return fail(RF_CPU_UNSUPPORTED, "this CPU, or the system, has no AMX");
     if (!M || !N) return RF_CPU_OK;
+    if (dtype == RF_CPU_FLOAT32)
+        return linear_f32(
+            {x, weight, bias, residual, out, M, N, K, stride_x, stride_w, stride_r, stride_o}, activation, threads);
     Problem p{};
     p.x = (const bf16 *)x, p.weight = (const char *)weight, p.bias = bias, p.residual = (const bf16 *)residual;
     p.out = (bf16 *)out, p.M = M, p.N = N, p.K = K;

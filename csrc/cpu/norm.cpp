@@ -55,7 +55,7 @@ struct Body {
         explicit Local(Body &body) : p(body.p), row((float *)scratch(0, (body.p.D + 16) * 4)) {}
         bool ready() const { return row != nullptr; }
 
-        __mmask16 mask(int64_t i) const { return p.D - i >= 16 ? 0xffff : (__mmask16)((1u << (p.D - i)) - 1); }
+        __mmask16 mask(int64_t i) const { return lanes(p.D - i); }
 
         void run(int64_t item) {
             const int64_t end = (item + 1) * ROWS < p.rows ? (item + 1) * ROWS : p.rows;

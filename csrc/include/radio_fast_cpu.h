@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define RF_CPU_ABI_VERSION 3
+#define RF_CPU_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define RF_CPU_API __attribute__((visibility("default")))
@@ -39,17 +39,17 @@ RF_CPU_API const char *rf_cpu_last_error(void);
 /* What this CPU and system let the kernels use: "amx", or "" for nothing. The first call asks the system for AMX. */
 RF_CPU_API const char *rf_cpu_features(void);
 
-/* out = residual + act(x · weightᵀ + bias), in bfloat16.
+/* out = residual + act(x · weightᵀ + bias), in `dtype`.
  *
  * x: (M, K), weight: (N, K), residual: (M, N) or null, out: (M, N); values adjacent, stride_* from row to row.
- * weight: in `weight_dtype`; float32 is rounded as it is read. bias: (N) float32, or null. act: one of rf_cpu_activation;
- * the GELU is the exact one. SwiGLU: silu(a)·b, of a weight (2·N, K) and bias (2·N) the first half gives a, the second b;
+ * weight: in `weight_dtype`: `dtype`, or beside bfloat16 float32, which is rounded as it is read. bias: (N) float32, or
+ * null. act: one of rf_cpu_activation; the GELU is the exact one. SwiGLU: silu(a)·b, of a weight (2·N, K) and bias (2·N) the first half gives a, the second b;
  * there is then no residual. out overlaps nothing else.
  */
 RF_CPU_API rf_cpu_status rf_cpu_linear(
     const void *x, const void *weight, const float *bias, const void *residual, void *out, int64_t M, int64_t N,
-    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int weight_dtype, int activation,
-    int threads);
+    int64_t K, int64_t stride_x, int64_t stride_w, int64_t stride_r, int64_t stride_o, int dtype, int weight_dtype,
+    int activation, int threads);
 
 /* out = residual + act((q · weightᵀ) · x_scales · scales + bias), in bfloat16, with 32-bit sums of whole numbers.
  *
@@ -73,7 +73,7 @@ RF_CPU_API rf_cpu_status rf_cpu_layer_norm(
     const void *x, const void *y, const void *weight, const void *bias, void *sum, void *out, int dtype, int weight_dtype,
     int64_t rows, int64_t D, int64_t stride_x, int64_t stride_y, float eps, float scale, int threads);
 
-/* softmax(q·kᵀ / √d + bias)·v for each head of each image, in bfloat16.
+/* softmax(q·kᵀ / √d + bias)·v for each head of each image, all in `dtype`.
  *
  * qkv: (images, N, 3·heads·d), channels ordered (q, k, v) × heads × d, adjacent; out: (images, N, heads·d), contiguous.
  * cu_seqlens: null; or images + 1 numbers, where each packed image begins among `tokens` rows: qkv is then
@@ -83,8 +83,9 @@ RF_CPU_API rf_cpu_status rf_cpu_layer_norm(
  * d: a multiple of 8, up to 256.
  */
 RF_CPU_API rf_cpu_status rf_cpu_attention(
-    const void *qkv, const int32_t *cu_seqlens, const void *bias, void *out, int64_t images, int64_t N, int64_t tokens,
-    int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window, int threads);
+    const void *qkv, const int32_t *cu_seqlens, const void *bias, void *out, int dtype, int64_t images, int64_t N,
+    int64_t tokens, int64_t heads, int64_t d, int64_t stride_b, int64_t stride_n, int64_t width, int64_t window,
+    int threads);
 
 /* A weight (out, in) and a bias, (out) float32 or null; or a LayerNorm's, (D) each, with its eps and scale.
  * scales: null, or the weight is rf_cpu_linear_int8's, and these are its scales. */
@@ -97,13 +98,14 @@ typedef struct {
     double eps, scale;
 } rf_cpu_norm;
 
-/* A transformer block in bfloat16, and the next one's first norm:
+/* A transformer block in `dtype`, and the next one's first norm:
  *     s = x + proj(attention(qkv(norm1(x)))),  out = s + fc2(act(fc1(norm2(s)))),  out_normed = after(out).
  *
  * x, out, normed, out_normed: (images, N, D), contiguous; out may be x, out_normed be normed, they overlap nothing else.
  * normed: norm1(x) if it is known, else null.
- * out_normed: or null. workspace: of the caller, images · N · (max(3 · D, hidden) + 2 · D) values of bfloat16.
- * Weights but int8's, and the norms' parameters, in `weight_dtype`, contiguous. activation: of fc1, one of rf_cpu_activation.
+ * out_normed: or null. workspace: of the caller, images · N · (max(3 · D, hidden) + 2 · D) values.
+ * Weights but int8's (beside bfloat16 only), and the norms' parameters, in `weight_dtype`, as rf_cpu_linear takes it,
+ * contiguous. activation: of fc1, one of rf_cpu_activation.
  * width, window: as for rf_cpu_attention. cu_seqlens: null; or images + 1 numbers, where each packed image begins, 0 to N:
  * x has N rows then. Every value is what the functions above give.
  */
@@ -113,7 +115,7 @@ typedef struct {
     const int32_t *cu_seqlens;
     rf_cpu_norm norm1, norm2, after;
     rf_cpu_layer qkv, proj, fc1, fc2;
-    int64_t images, N, D, heads, hidden, width, window, activation, weight_dtype, threads;
+    int64_t images, N, D, heads, hidden, width, window, activation, dtype, weight_dtype, threads;
 } rf_cpu_block_arguments;
 
 /* `count` blocks one after another, up to the first that fails. */

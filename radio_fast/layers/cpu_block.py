@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", _dispatch.CPU_OR_REFERENCE)
 OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ADD_LAYER_NORM, ATTENTION, LINEAR_INT8)
-LONGEST = 1 << 36  # multiply-adds in one call, about 50 ms: only between calls Ctrl-C is heard
+# Multiply-adds in one call, about 50 ms: only between calls Ctrl-C is heard.
+LONGEST = {torch.bfloat16: 1 << 36, torch.float32: 1 << 33}
 
 
 def run(
@@ -42,7 +43,7 @@ def run(
     `after`: the norm after all of them. None where the first one's parts have to be called: any of them is not as it
     was made, or another implementation runs it, or it is not for the kernel.
     """
-    if torch.compiler.is_compiling() or x.dtype != torch.bfloat16 or x.ndim != 3 or _has_any_global_hook():
+    if torch.compiler.is_compiling() or x.dtype not in _dispatch.CPU_DTYPES or x.ndim != 3 or _has_any_global_hook():
         return None
     if native_cpu.why_not_native_cpu() is not None:  # before all blocks are looked at, by each of them
         return None
@@ -59,9 +60,11 @@ def run(
         parameters = _parameters(block, x.shape[2])
         if parameters is None or (chain and parameters.norm1.weight.dtype != chain[0].norm1.weight.dtype):
             break
+        if x.dtype == torch.float32 and any(part.weight.dtype != x.dtype for part in parameters[:6]):
+            break
         chain.append(parameters)
         work += x.shape[0] * x.shape[1] * sum(layer.weight.numel() for layer in parameters[2:6])
-        if work > LONGEST:
+        if work > LONGEST[x.dtype]:
             break
     if not chain:
         return None

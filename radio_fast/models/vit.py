@@ -18,6 +18,7 @@ from radio_fast.layers.patch_embed import PatchGenerator
 from radio_fast.models.backbone import Backbone
 from radio_fast.models.registry import ViTDet
 from radio_fast.models.spec import ViTSpec
+from radio_fast.ops._dispatch import CPU_DTYPES
 
 
 def make_norm(spec: ViTSpec, block: int | None = None) -> nn.Module:
@@ -136,7 +137,7 @@ class VisionTransformer(Backbone):
         """The blocks with `window` = everywhere, or inside on the second part of x if they are windowed."""
         last = len(self.blocks) - 1 if last is None else last
         called = not torch.compiler.is_compiling() and _has_any_global_hook()  # whoever hooks all modules sees blocks
-        in_one_call = visit is None and x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        in_one_call = visit is None and x.is_cpu and x.dtype in CPU_DTYPES and not torch.compiler.is_compiling()
         aside = normed = None
         i = 0
         while i <= last:

@@ -25,6 +25,7 @@ BACKENDS = ("auto", "reference", "triton", "cpu")  # of a whole model; "cuda" an
 CPU_OR_REFERENCE = "cpu or reference"  # of the ops in a whole model on "cpu", which has no kernel for some
 LIBRARY = torch.library.Library("radio_fast", "FRAGMENT")
 HALF = (torch.float16, torch.bfloat16)
+CPU_DTYPES = tuple(native_cpu.DTYPES)
 KERNEL_DTYPES = (*HALF, torch.float32)
 
 

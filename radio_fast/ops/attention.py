@@ -11,6 +11,7 @@ from torch import Tensor
 
 from radio_fast import native, native_cpu
 from radio_fast.ops._dispatch import (
+    CPU_DTYPES,
     HALF,
     Op,
     bucket,
@@ -121,7 +122,7 @@ def attention(
     limits = dict.fromkeys(ATTENTION.implementations, foreign) | {"triton": limit, "cuda": native_limit}
     limits["reference"] = None
     if limit is None and qkv.device.type == "cpu":
-        limits["cpu"] = cpu_limit((torch.bfloat16,), qkv, cu_seqlens)
+        limits["cpu"] = cpu_limit(CPU_DTYPES, qkv, cu_seqlens)
     else:
         limits["cpu"] = limit
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or not 0 < max_seqlen < 1 << 31) and qkv.numel():
@@ -220,5 +221,5 @@ ATTENTION = Op("attention", attention_ref, _key, truth=torch.float32)  # in floa
 ATTENTION.add("triton", _call(torch.ops.radio_fast.attention), triton_runs(needs_dot=True))
 # The extension has no tensor cores for float32: a simple kernel, by name or by measurement.
 ATTENTION.add("cuda", _call(torch.ops.radio_fast.attention_cuda), why_not_native, shipped=HALF)
-ATTENTION.add("cpu", _cpu, why_not_native_cpu, shipped=(torch.bfloat16,))
+ATTENTION.add("cpu", _cpu, why_not_native_cpu, shipped=CPU_DTYPES)
 add_attention_providers(ATTENTION)

@@ -9,6 +9,7 @@ from torch import Tensor
 from radio_fast import native_cpu
 from radio_fast.ops import _dispatch
 from radio_fast.ops._dispatch import (
+    CPU_DTYPES,
     CPU_OR_REFERENCE,
     Op,
     backend_of_ops,
@@ -115,7 +116,7 @@ def _cpu_limit(
         return f"{activation} is not in it"
     if activation == "swiglu" and any(other is not None for other in others):
         return "a residual after swiglu is not in it"
-    return cpu_limit((torch.bfloat16,), x, weight, bias, *others)
+    return cpu_limit(CPU_DTYPES, x, weight, bias, *others)
 
 
 def _out_features(weight: Tensor, activation: str | None) -> int:
@@ -235,7 +236,7 @@ def linear_add_norm(
         return _epilogue(*args, backend=backend)
     if backend not in ("auto", "reference"):
         return _deferred(*args, backend=backend)
-    limits = {"cpu": None if x.dtype == torch.bfloat16 else "its product is bfloat16"}
+    limits = {"cpu": None if x.dtype in CPU_DTYPES else f"{x.dtype} is not in it"}
     if rounds_weight(x, weight) and LINEAR_ADD_NORM.choose(backend, args, limits) != "cpu":
         args = (x, weight.to(x.dtype), *args[2:])
     return LINEAR_ADD_NORM(backend, args, limits)
@@ -334,7 +335,7 @@ def _ln_linear_key(x, mean, rstd, norm_weight, norm_bias, norm_scale, weight, bi
 
 LINEAR = Op("linear", linear_ref, _linear_key, batched=(0, 4), first=_linear_first)
 LINEAR.add("triton", torch.ops.radio_fast.linear, triton_runs(needs_dot=True))
-LINEAR.add("cpu", _cpu, why_not_native_cpu, shipped=(torch.bfloat16,))
+LINEAR.add("cpu", _cpu, why_not_native_cpu, shipped=CPU_DTYPES)
 LN_LINEAR = Op("ln_linear", ln_linear_ref, _ln_linear_key, batched=(0, 1, 2))
 LN_LINEAR.add("triton", torch.ops.radio_fast.ln_linear, triton_runs(needs_dot=True))
 LINEAR_ADD_NORM = Op(
@@ -343,4 +344,4 @@ LINEAR_ADD_NORM = Op(
 LINEAR_ADD_NORM.add("deferred", _deferred, triton_runs(needs_dot=False))
 LINEAR_ADD_NORM.add("epilogue", _epilogue, triton_runs(needs_dot=True))
 # The residual in the product: s is rounded once, and the product itself is never written.
-LINEAR_ADD_NORM.add("cpu", _epilogue, why_not_native_cpu, shipped=(torch.bfloat16,))
+LINEAR_ADD_NORM.add("cpu", _epilogue, why_not_native_cpu, shipped=CPU_DTYPES)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from radio_fast import native_cpu
 from radio_fast.ops._dispatch import (
+    CPU_DTYPES,
     Op,
     bucket,
     cpu_limit,
@@ -20,7 +21,6 @@ from radio_fast.ops._dispatch import (
 )
 
 MAX_WIDTH = 16384  # a row stays on chip
-CPU_DTYPES = tuple(native_cpu.DTYPES)
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, scale: float = 1.0) -> Tensor:

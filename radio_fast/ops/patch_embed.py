@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radio_fast.ops._dispatch import (
+    CPU_DTYPES,
     Op,
     bucket,
     cpu_limit,
@@ -139,7 +140,7 @@ def patch_embed(
     args = (image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts)
     limit = cpu = _limit(*args)
     if limit is None and image.device.type == "cpu":
-        cpu = cpu_limit((torch.bfloat16,), weight, image, bias, pos, prefix, mean, std, rows, starts)
+        cpu = cpu_limit(CPU_DTYPES, weight, image, bias, pos, prefix, mean, std, rows, starts)
     return PATCH_EMBED(backend, args, {"triton": limit, "cpu": cpu})
 
 

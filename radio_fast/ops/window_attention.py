@@ -8,6 +8,7 @@ from torch import Tensor
 
 from radio_fast import native, native_cpu
 from radio_fast.ops._dispatch import (
+    CPU_DTYPES,
     HALF,
     Op,
     bucket,
@@ -115,7 +116,7 @@ def _cpu_limit(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) ->
         return f"H and W must be multiples of the window {window}, got {H} × {W}"
     if width // (3 * num_heads) not in HEAD_DIMS:
         return f"head dim must be one of {', '.join(map(str, HEAD_DIMS))}, got {width // (3 * num_heads)}"
-    return cpu_limit((torch.bfloat16,), qkv, bias)
+    return cpu_limit(CPU_DTYPES, qkv, bias)
 
 
 def padded_bias(bias: Tensor) -> Tensor:
@@ -177,4 +178,4 @@ def _key(qkv: Tensor, num_heads: int, window: int, bias: Tensor | None) -> str:
 WINDOW_ATTENTION = Op("window_attention", window_attention_ref, _key)
 WINDOW_ATTENTION.add("triton", torch.ops.radio_fast.window_attention, triton_runs(needs_dot=True))
 WINDOW_ATTENTION.add("cuda", torch.ops.radio_fast.window_attention_cuda, why_not_native, shipped=HALF)
-WINDOW_ATTENTION.add("cpu", _window_attention_cpu, why_not_native_cpu, shipped=(torch.bfloat16,))
+WINDOW_ATTENTION.add("cpu", _window_attention_cpu, why_not_native_cpu, shipped=CPU_DTYPES)

@@ -39,17 +39,17 @@ def by_parts(block, x, normed, after, window, monkeypatch):
         return block.step(x, normed, after, window)
 
 
-@pytest.mark.parametrize("dtype", (BF16, torch.float32), ids=str)
+@pytest.mark.parametrize("x_dtype, dtype", [(BF16, BF16), (BF16, torch.float32), (torch.float32,) * 2], ids=str)
 @pytest.mark.parametrize("known, wanted", [(False, True), (True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("B, window", [(1, None), (3, None), (2, (4, 6, 2)), (1, "packed")])
 @pytest.mark.parametrize("mlp", ("gelu", "swiglu", "odd"))
-def test_the_values_of_its_parts(dtype, known, wanted, B, window, mlp, calls, monkeypatch):
+def test_the_values_of_its_parts(x_dtype, dtype, known, wanted, B, window, mlp, calls, monkeypatch):
     """Also with float32 weights, which the kernel rounds, and with x and what is known of it strided."""
     block, after = make(dtype, SwiGLU(D, 80) if mlp == "swiglu" else Mlp(D, 160 if mlp == "gelu" else 77), B == 1)
     if window == "packed":
         window = Segments(torch.tensor([0, 7, 20, 25], dtype=torch.int32), (7, 13, 5))
-    x = torch.randn(B, 25, D).to(BF16)[:, : 24 if type(window) is tuple else 25]
-    normed = torch.randn(B, 50, D).to(BF16)[:, : 2 * x.shape[1] : 2] if known else None
+    x = torch.randn(B, 25, D).to(x_dtype)[:, : 24 if type(window) is tuple else 25]
+    normed = torch.randn(B, 50, D).to(x_dtype)[:, : 2 * x.shape[1] : 2] if known else None
     expected = by_parts(block, x, normed, after if wanted else None, window, monkeypatch)
     calls.clear()
     out, out_normed = block.step(x, normed, after if wanted else None, window)
@@ -239,7 +239,7 @@ def test_blocks_in_one_call(calls, monkeypatch):
     runs(2)
     handle.remove()
     assert seen == [2, 3, 1]
-    monkeypatch.setattr(cpu_block, "LONGEST", 1)
+    monkeypatch.setattr(cpu_block, "LONGEST", dict.fromkeys(cpu_block.LONGEST, 1))
     runs(5)
     monkeypatch.undo()
     blocks[3].float()

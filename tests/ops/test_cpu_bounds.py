@@ -59,11 +59,11 @@ class Fence:
 
 
 def linear(make: Fence):
-    for dtype in (BF16, torch.float32):
+    for x_dtype, dtype in ((BF16, BF16), (BF16, torch.float32), (torch.float32, torch.float32)):
         for M, N, K, apart in ((1, 1, 1, 0), (17, 33, 50, 3), (33, 64, 96, 0), (16, 47, 801, 7), (206, 70, 1024, 0)):
             bias = make.random(2 * N, dtype=torch.float32)
             weight = make.random(2 * N, K, dtype=dtype, apart=apart)
-            x, residual = make.random(M, K, apart=apart), make.random(M, 2 * N, apart=apart)
+            x, residual = (make.random(M, width, dtype=x_dtype, apart=apart) for width in (K, 2 * N))
             yield native_cpu.linear(x, weight, bias, "gelu", residual)
             yield native_cpu.linear(x, weight, bias, "swiglu", None)
             yield native_cpu.linear(x, weight[:N], None, None, residual[:, :N])
@@ -87,28 +87,27 @@ def layer_norm(make: Fence):
 
 
 def attention(make: Fence):
-    for N, d, apart in ((1, 8, 0), (33, 24, 3), (300, 72, 0)):
-        yield native_cpu.attention(make.random(2, N, 3 * 2 * d, apart=apart), 2)
-    starts = make.keep(torch.tensor([0, 0, 1, 34, 34], dtype=torch.int32))
-    yield native_cpu.attention(make.random(34, 3 * 2 * 40, apart=3), 2, starts)
-    for k, H, W in ((1, 2, 1), (3, 3, 6), (7, 14, 7), (17, 17, 17)):
-        yield native_cpu.window_attention(make.random(1, H, W, 3 * 2 * 40), 2, k, make.random(2, k**2, k**2))
+    for dtype in (BF16, torch.float32):
+        for N, d, apart in ((1, 8, 0), (33, 24, 3), (300, 72, 0)):
+            yield native_cpu.attention(make.random(2, N, 3 * 2 * d, dtype=dtype, apart=apart), 2)
+        starts = make.keep(torch.tensor([0, 0, 1, 34, 34], dtype=torch.int32))
+        yield native_cpu.attention(make.random(34, 3 * 2 * 40, dtype=dtype, apart=3), 2, starts)
+        for k, H, W in ((1, 2, 1), (3, 3, 6), (7, 14, 7), (17, 17, 17)):
+            bias = make.random(2, k**2, k**2, dtype=dtype)
+            yield native_cpu.window_attention(make.random(1, H, W, 3 * 2 * 40, dtype=dtype), 2, k, bias)
 
 
 def blocks(make: Fence):
     D, heads, hidden = 72, 3, 77
-    norm = Norm(make.random(D), make.random(D), 1e-6, 1.0)
-
-    def layer(N: int, K: int) -> Layer:
-        return Layer(make.random(N, K), make.random(N, dtype=torch.float32))
-
-    block = BlockParameters(
-        *(norm, norm, layer(3 * D, D), layer(D, D), layer(2 * hidden, D), layer(D, hidden)),
-        *(heads, hidden, "swiglu"),
-    )
-    for starts in (None, make.keep(torch.tensor([0, 1, 1, 33], dtype=torch.int32))):
-        yield from native_cpu.blocks(make.random(1, 33, D), None, [block, block], norm, None, starts)
-    yield native_cpu.blocks(make.random(2, 6, D), make.random(2, 6, D), [block], None, (2, 3, 1))[0]
+    for dtype in (BF16, torch.float32):
+        norm = Norm(make.random(D, dtype=dtype), make.random(D, dtype=dtype), 1e-6, 1.0)
+        shapes = (3 * D, D), (D, D), (2 * hidden, D), (D, hidden)
+        layers = [Layer(make.random(*s, dtype=dtype), make.random(s[0], dtype=torch.float32)) for s in shapes]
+        block = BlockParameters(norm, norm, *layers, heads, hidden, "swiglu")
+        for starts in (None, make.keep(torch.tensor([0, 1, 1, 33], dtype=torch.int32))):
+            yield from native_cpu.blocks(make.random(1, 33, D, dtype=dtype), None, [block, block], norm, None, starts)
+        x, normed = make.random(2, 6, D, dtype=dtype), make.random(2, 6, D, dtype=dtype)
+        yield native_cpu.blocks(x, normed, [block], None, (2, 3, 1))[0]
 
 
 def main() -> None:

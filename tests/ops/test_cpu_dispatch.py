@@ -50,12 +50,13 @@ def test_patches(p, kind, calls):
         image = (image * 255).to(kind) if kind == torch.uint8 else image.to(kind)
     wide = image.float() / 255 if kind == torch.uint8 else image.float()
     truth = embed(wide, p, torch.float32, "reference", *packing)
+    exact = embed(wide.double(), p, torch.float64, "reference", *packing)
     plain = embed(image, p, BF16, "reference", *packing)
     assert not calls
     assert_within(embed(image, p, BF16, "auto", *packing), truth, plain)
     assert calls == ["rf_cpu_linear"]
-    embed(image, p, torch.float32, "auto", *packing)
-    assert len(calls) == 1
+    assert_within(embed(image, p, torch.float32, "auto", *packing), exact, truth)
+    assert len(calls) == 2
 
 
 def everything(x: torch.Tensor, backend: str = "auto") -> list[torch.Tensor]:
@@ -71,25 +72,19 @@ def everything(x: torch.Tensor, backend: str = "auto") -> list[torch.Tensor]:
 
 
 @needs_amx
-def test_auto_takes_them_in_bfloat16(x, calls):
+@pytest.mark.parametrize("dtype", (BF16, torch.float32))
+def test_auto_takes_them(x, dtype, calls):
     with torch.no_grad():
-        everything(x)
+        everything(x.to(dtype))
     norm, linear = "rf_cpu_layer_norm", "rf_cpu_linear"
     assert calls == [linear, norm, norm, linear, norm, "rf_cpu_attention"]
-
-
-@needs_amx
-def test_float32_keeps_torch_s_products(x, calls):
-    with torch.no_grad():
-        everything(x.float())
-    assert set(calls) == {"rf_cpu_layer_norm"}
 
 
 @needs_amx
 def test_float16_is_not_for_them(x, calls):
     everything(x.half())
     assert not calls
-    with pytest.raises(ValueError, match=r"cpu backend of linear can't run here: dtype must be torch.bfloat16, got"):
+    with pytest.raises(ValueError, match=r"cpu backend of linear can't run here: dtype must be torch.bfloat16 or torch.float32"):
         ops.linear(x.half(), torch.eye(96).half(), None, backend="cpu")
 
 
