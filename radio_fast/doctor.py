@@ -79,7 +79,7 @@ def _cuda_extension() -> Finding:
 
 def _cpu_kernels() -> Finding:
     reason = native_cpu.why_not_native_cpu()
-    return Finding("CPU kernels", None if reason else True, reason or "AMX, for models in bfloat16 and int8")
+    return Finding("CPU kernels", None if reason else True, reason or "AMX, for models in float32, bfloat16 and int8")
 
 
 def _triton_backend() -> Finding:

@@ -144,12 +144,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     """residual + act(x·weightᵀ + bias).
 
     Args:
-        x: (..., K), bfloat16. weight: (N, K), read where it lies; float32 is rounded as it is read. bias: (N) or None;
-            float32 is not copied. activation: None; "gelu", the exact one; "swiglu", silu(a)·b of the halves (a, b) of
-            the product, N even. residual: (..., N) or None, as it is for "swiglu".
+        x: (..., K), bfloat16 or float32. weight: (N, K), in x's dtype, read where it lies; beside bfloat16 float32 too,
+            rounded as it is read. bias: (N) or None; float32 is not copied. activation: None; "gelu", the exact one;
+            "swiglu", silu(a)·b of the halves (a, b) of the product, N even. residual: (..., N) or None, as it is for
+            "swiglu".
 
     Returns:
-        (..., N), of "swiglu" (..., N/2), bfloat16; sums are float32 and rounded once.
+        (..., N), of "swiglu" (..., N/2), in x's dtype. bfloat16: sums are float32 and rounded once. float32: sums of
+        six products of three bfloat16 parts, all 24 bits of a value; infinities, and what bfloat16 rounds to one, give
+        NaN, values below 2⁻¹¹⁰ lose bits.
 
     Raises:
         ValueError: K is 0. NotImplementedError: the CPU has no AMX. MemoryError.
@@ -238,7 +241,7 @@ def attention(
     """softmax(q·kᵀ / √d)·v in each head; see `ops.attention`.
 
     Args:
-        qkv: (B, N, 3·H·d), bfloat16, or (tokens, 3·H·d) of packed images; d a multiple of 8, up to 256.
+        qkv: (B, N, 3·H·d), bfloat16 or float32, or (tokens, 3·H·d) of packed images; d a multiple of 8, up to 256.
         cu_seqlens: (images + 1,) int32; wrong values give a wrong result, and touch no other memory.
         window: (h, w, k) or None.
 
@@ -274,8 +277,8 @@ def window_attention(qkv: Tensor, num_heads: int, window: int, bias: Tensor | No
     """softmax(q·kᵀ / √d + bias)·v in each head, inside windows; see `ops.window_attention`.
 
     Args:
-        qkv: (B, H, W, 3·heads·d), bfloat16, H and W multiples of the window; d a multiple of 8, up to 256.
-        bias: (heads, window², window²), bfloat16, or None.
+        qkv: (B, H, W, 3·heads·d), bfloat16 or float32, H and W multiples of the window; d a multiple of 8, up to 256.
+        bias: (heads, window², window²), in qkv's dtype, or None.
 
     Returns:
         (B, H, W, heads·d), contiguous.
@@ -318,7 +321,8 @@ class Layer(NamedTuple):
 
 class BlockParameters(NamedTuple):
     """A transformer block's; contiguous. The weights but int8 ones, and the norms' biases, are all bfloat16, or all
-    float32, which is rounded as it is read; the layers' biases are float32. hidden: fc2's in. activation: of fc1.
+    float32, which beside bfloat16 is rounded as it is read; the layers' biases are float32. hidden: fc2's in.
+    activation: of fc1.
     """
 
     norm1: Norm
@@ -348,7 +352,7 @@ def blocks(
     `linear`, `attention` and `layer_norm` give.
 
     Args:
-        x: (B, N, D), bfloat16. normed: the first block's norm1 of it, or None.
+        x: (B, N, D), bfloat16, or float32 beside weights in float32. normed: the first block's norm1 of it, or None.
         chain: the blocks, one or more. after: the norm after them, in their dtype.
         window: as for `attention`. cu_seqlens: (images + 1,) int32, from 0 to N, beside x (1, N, D) of packed images.
 

@@ -1,7 +1,7 @@
 /* The C ABI of radio_fast's CPU kernels: raw pointers, sizes, strides, a number of threads. No torch.
  *
  * Every function returns RF_CPU_OK or another status; rf_cpu_last_error() then has the reason, for the calling thread.
- * Strides count elements. bfloat16 is what its name says; sums are float32. Safe to call from several threads.
+ * Strides count elements. Sums are float32. Safe to call from several threads.
  */
 #ifndef RADIO_FAST_CPU_H
 #define RADIO_FAST_CPU_H
@@ -43,7 +43,8 @@ RF_CPU_API const char *rf_cpu_features(void);
  *
  * x: (M, K), weight: (N, K), residual: (M, N) or null, out: (M, N); values adjacent, stride_* from row to row.
  * weight: in `weight_dtype`: `dtype`, or beside bfloat16 float32, which is rounded as it is read. bias: (N) float32, or
- * null. act: one of rf_cpu_activation; the GELU is the exact one. SwiGLU: silu(a)·b, of a weight (2·N, K) and bias (2·N) the first half gives a, the second b;
+ * null. act: one of rf_cpu_activation; the GELU is the exact one. In float32 infinities, and finite values that bfloat16
+ * rounds to them, give NaN. SwiGLU: silu(a)·b, of a weight (2·N, K) and bias (2·N) the first half gives a, the second b;
  * there is then no residual. out overlaps nothing else.
  */
 RF_CPU_API rf_cpu_status rf_cpu_linear(

@@ -1,4 +1,4 @@
-"""The CPU kernels on AMX, each test in bfloat16 and in float32: values, odd sizes, strides, memory around them, threads."""
+"""The CPU kernels on AMX, in bfloat16 and in float32: values, odd sizes, strides, memory around them, threads."""
 
 from __future__ import annotations
 
@@ -193,6 +193,25 @@ def test_a_nan_stays_in_its_row():
     x[3, 5] = float("nan")
     out = native_cpu.linear(x, random(48, 64, seed=1), None, None, None)
     assert out[3].isnan().all() and not out[:3].isnan().any() and not out[4:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32,), indirect=True)
+def test_all_of_float32_s_bits():
+    """Values that bfloat16 would round, tiny and huge ones; a sum whose large products take each other away."""
+    x = torch.tensor([[1 + 2**-23, 1 - 2**-24, -3.3e38, 1.7e-33, 16777215.0]])
+    actual = native_cpu.linear(x, torch.eye(5), None, None, None)
+    torch.testing.assert_close(actual, x, rtol=2**-24, atol=0)
+    large = random(40, 64) * 1e4
+    x, weight = torch.cat([large, -large, random(40, 32, seed=1)], 1), random(50, 64, seed=2)
+    check_linear(x, torch.cat([weight, weight, random(50, 32, seed=3)], 1), None)
+
+
+@pytest.mark.parametrize("bad", (float("inf"), float("-inf"), float("nan")))
+def test_what_is_not_finite_stays_so(bad):
+    x, weight = random(20, 70), random(40, 70, seed=1)
+    x[3, 5] = bad
+    out = native_cpu.linear(x, weight, None, "gelu", None)
+    assert not out[3][weight[:, 5] * bad > 0].isfinite().any() and out[:3].isfinite().all() and out[4:].isfinite().all()
 
 
 def test_nothing_in_nothing_out():

@@ -56,9 +56,9 @@ def test_the_bias_of_each_head_query_and_key(dtype):
     bias = bias_of(heads, window, dtype)
     with torch.no_grad():
         out = ops.window_attention(qkv, heads, window, bias, backend="cpu").view(2, 16, heads, d)
-    torch.testing.assert_close(
-        out.permute(0, 2, 1, 3).float(), bias.float().softmax(-1).expand(2, -1, -1, -1), rtol=0.02 if dtype == BF16 else 1e-6, atol=1e-4 if dtype == BF16 else 1e-7
-    )
+    tolerance = {"rtol": 0.02, "atol": 1e-4} if dtype == BF16 else {"rtol": 1e-6, "atol": 1e-7}
+    weights = bias.float().softmax(-1).expand(2, -1, -1, -1)
+    torch.testing.assert_close(out.permute(0, 2, 1, 3).float(), weights, **tolerance)
 
 
 def test_large_scores_and_a_large_bias(dtype):
