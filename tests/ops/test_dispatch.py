@@ -136,7 +136,7 @@ def test_extension_is_named_in_vain_for_other_ops(gpu, monkeypatch):
         chosen("linear", "cuda", Anywhere(CUDA))
 
 
-def test_extension_leaves_the_cpu_alone(monkeypatch):
+def test_extension_leaves_the_cpu_alone(monkeypatch, without_amx):
     """A built library does not run there; only the tests' emulation does."""
     monkeypatch.setattr(_dispatch.native, "why_not_native", lambda: None)
     monkeypatch.setattr(_dispatch.native, "library", Built)
@@ -200,8 +200,9 @@ def test_environment_of_two_ops_in_one(monkeypatch):
     assert ran == [("linear_add_norm", "epilogue"), ("linear", "triton"), ("layer_norm", "triton")]
 
 
-def test_auto_is_plain_torch_on_the_cpu():
+def test_auto_is_plain_torch_on_a_cpu_without_amx(without_amx):
     assert chosen("linear", "auto", torch.zeros(1)) == "reference"
+    assert chosen("linear", "auto", torch.zeros(1, dtype=torch.bfloat16)) == "reference"
 
 
 @pytest.mark.parametrize(
