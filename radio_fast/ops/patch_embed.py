@@ -22,6 +22,7 @@ from radio_fast.ops._dispatch import (
 )
 from radio_fast.ops.linear import linear
 
+CPU_VALUES = 1 << 20  # of images that are normalised at once: what is made of them on the way stays small
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -55,7 +56,7 @@ def _patches(image: Tensor, dtype: torch.dtype, patch_size: int, mean: Tensor | 
     if image.dtype == torch.uint8:
         image = image.float() / 255
     if mean is not None:
-        image = (image.float() - mean) / std
+        image = image.float().sub(mean).div_(std)
     return patchify(image.to(dtype), patch_size)
 
 
@@ -170,8 +171,14 @@ register(
 
 
 def _cpu(image, weight, bias, pos, prefix, patch_size, mean, std, rows, starts) -> Tensor:
-    """The plain form with positions added to the product's float32 sums."""
-    patches = _patches(image, weight.dtype, patch_size, mean, std)
+    """The plain form with positions added to the product's float32 sums, and a few images normalised at a time."""
+    some = max(1, CPU_VALUES // max(1, image[0].numel())) if image.shape[0] else 1
+    if image.shape[0] <= some:
+        patches = _patches(image, weight.dtype, patch_size, mean, std)
+    else:
+        patches = weight.new_empty((image.shape[0], image[0].numel() // weight.shape[1], weight.shape[1]))
+        for part, few in zip(patches.split(some), image.split(some), strict=True):
+            part.copy_(_patches(few, weight.dtype, patch_size, mean, std))
     pos = pos.expand(image.shape[0], -1, -1) if rows is None else pos.index_select(0, rows[0]).unsqueeze(1)
     return _with_prefix(linear(patches, weight, bias, None, pos, backend="cpu"), prefix, rows, starts)
 
