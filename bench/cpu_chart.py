@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # no display
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from bench.cpu_table import CELLS, CONTENDERS, MORE_CELLS, OURS, best_peer, cases, right, where
 from bench.report import number
@@ -37,6 +38,7 @@ def panel(axes: Axes, name: str, info: dict) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(axis="x", labelsize=7.5)
     best, ours = best_peer(info), info["times_ms"].get(OURS["bfloat16"])
     lead = f": {best[1] / ours:.2f}×" if best and ours and right(info, OURS["bfloat16"]) else ""

@@ -59,9 +59,13 @@ def cpu_section(folder: Path) -> list[str]:
         for result in report["benchmarks"]:
             name, info = result["name"].removeprefix("test_"), result["extra_info"]
             if "cosine" in info:  # bench_cpu.py's: its own table has every contender
-                ours, best = info["times_ms"].get(OURS["bfloat16"]), best_peer(info)
-                lead_over = f"{ratio(lead(info, 'bfloat16', best))} × {best[0]}'s speed" if best else ""
-                rows.append((name, f"radio_fast bfloat16: {number(ours)} ms", lead_over))
+                ours = {dtype: info["times_ms"][who] for dtype, who in OURS.items() if who in info["times_ms"]}
+                best = {"float32": best_peer(info, ("float32",)), "bfloat16": best_peer(info)}
+                leads = [
+                    f"{kind} {ratio(lead(info, kind, who))} × {who[0]}'s speed" for kind, who in best.items() if who
+                ]
+                times = ", ".join(f"{dtype} {number(ms)}" for dtype, ms in ours.items())
+                rows.append((name, f"radio_fast {times} ms", ", ".join(leads)))
             elif "times_ms" in info:
                 times = "; ".join(f"{contender}: {number(ms)}" for contender, ms in info["times_ms"].items())
                 rows.append((name, f"{times} ms", f"{ratio(info['speedup_over_best_rival'])} × the best rival's speed"))
@@ -76,6 +80,8 @@ def cpu_section(folder: Path) -> list[str]:
             lines += ["", f"[{file.stem}]({where}): {cpu['name']}, {cpu['cores']} cores, torch "]
             lines[-1] += f"{report['machine_info']['torch']}, commit {commit}."
             lines += ["", *table(("case", "measured", ""), rows)]
+            if file.with_suffix(".png").exists():
+                lines += ["", f"![{file.stem}]({where.removesuffix('.json')}.png)"]
     return lines
 
 

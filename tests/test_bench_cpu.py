@@ -214,7 +214,10 @@ def test_parts_are_merged(tmp_path):
 def test_readme_takes_the_file(tmp_path):
     (tmp_path / "cpu.json").write_text(json.dumps(made_up()))
     text = "\n".join(cpu_section(tmp_path))
-    assert "ViT-L-512px-b8" in text and "1.25 × torch.compile autocast's speed" in text
+    assert "ViT-L-512px-b8" in text and "bfloat16 1.25 × torch.compile autocast's speed" in text
+    assert "radio_fast float32" in text and ".png" not in text
+    (tmp_path / "cpu.png").touch()
+    assert "![cpu](cpu.png)" in "\n".join(cpu_section(tmp_path))
 
 
 # -- activations ----------------------------------------------------------------------------------------------
