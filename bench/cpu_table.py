@@ -189,10 +189,15 @@ def notes(cells: dict[str, dict], report: dict) -> list[str]:
 
 def where(report: dict) -> str:
     machine = report["machine_info"]
+    later = {
+        result["extra_info"]["commit"]: result["name"].removeprefix("test_").partition("[")[0]
+        for result in report["benchmarks"]
+        if "commit" in result.get("extra_info", {})
+    }
     return (
         f"{machine['cpu']['name']}, {machine['cpu']['cores']} cores, torch {machine['torch']}, "
         f"commit {report['commit_info']['id'][:12]}"
-    )
+    ) + "".join(f", {what} {commit[:12]}" for commit, what in later.items())
 
 
 def markdown(report: dict, chart: str | None = None) -> str:

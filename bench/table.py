@@ -11,8 +11,20 @@ from pathlib import Path
 
 
 def merge(reports: list[dict]) -> dict:
-    """One pytest-benchmark report of several that the same machine wrote one after the other."""
-    return reports[0] | {"benchmarks": [result for report in reports for result in report["benchmarks"]]}
+    """One pytest-benchmark report of several that the same machine wrote one after the other.
+
+    A later result takes the place of an earlier one of its name; of another commit than the first report's it says so.
+    """
+    first = reports[0]["commit_info"]["id"]
+    results = {}
+    for report in reports:
+        commit = report["commit_info"]["id"]
+        for result in report["benchmarks"]:
+            known = {} if commit == first else {"commit": commit}
+            results[result.get("fullname", result["name"])] = result | {
+                "extra_info": result.get("extra_info", {}) | known
+            }
+    return reports[0] | {"benchmarks": list(results.values())}
 
 
 def table(report: dict, title: str) -> str:

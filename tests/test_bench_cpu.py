@@ -31,8 +31,10 @@ from bench.cpu_table import (
     markdown,
     rss_bound,
     times_table,
+    where,
 )
 from bench.readme import cpu_section
+from bench.table import merge
 from bench.targets import evaluate
 from bench.workload import Case, activations, eradio_activations, vit_activations
 from radio_fast.models.registry import find_version
@@ -209,6 +211,18 @@ def test_parts_are_merged(tmp_path):
     assert json.loads(files[2].read_text()) == whole
     assert files[2].with_suffix(".md").read_text() == markdown(whole, "cpu.png")
     assert files[2].with_suffix(".png").exists()
+
+
+def test_a_part_that_was_measured_again_says_of_which_commit():
+    """It takes the place of the first, and the others keep theirs."""
+    old = made_up()
+    again = [result for result in made_up()["benchmarks"] if result["name"].startswith("test_memory")]
+    again[0]["extra_info"]["rss"] = again[0]["extra_info"]["rss"] | {"peak": 7}
+    both = merge([old, old | {"commit_info": {"id": "fedcba9876543210"}, "benchmarks": again}])
+    assert [result["name"] for result in both["benchmarks"]] == [result["name"] for result in old["benchmarks"]]
+    assert "commit" not in cell(both) and where(both) == where(old) + ", memory fedcba987654"
+    [new] = [result for result in both["benchmarks"] if result["name"] == again[0]["name"]]
+    assert new["extra_info"]["rss"]["peak"] == 7
 
 
 def test_readme_takes_the_file(tmp_path):
