@@ -374,6 +374,17 @@ def test_several_threads_at_once():
     assert not failures
 
 
+def test_nobody_reads_what_another_thread_has_yet_to_rearrange():
+    """More threads than cores: some are kept from it in the midst. What lies there is the last call's, of another x."""
+    xs, weight = [random(250, 768, seed=i) for i in (0, 1)], random(64, 768, seed=2)
+    before = torch.get_num_threads()
+    alone = [native_cpu.linear(x, weight, None, None, None) for x in xs]
+    torch.set_num_threads(7)
+    found = [native_cpu.linear(xs[i % 2], weight, None, None, None) for i in range(1000)]
+    torch.set_num_threads(before)
+    assert all(torch.equal(out, alone[i % 2]) for i, out in enumerate(found))
+
+
 def test_the_same_result_whatever_the_threads():
     x, weight, qkv = random(206, 256), random(300, 256, seed=1), random(1, 206, 3 * 64)
     results, before = [], torch.get_num_threads()
