@@ -222,9 +222,8 @@ struct Body {
         }
 
         void run(int64_t item) {
-            Part part(p, item);
-            const Sequence tokens(p, part.sequence);
-            part.of_blocks((tokens.count + QUERIES - 1) / QUERIES, p.splits);
+            const Part part(p, item, QUERIES);
+            const Sequence &tokens = part.tokens;
             if (part.from == part.to) return;
             if (packed != part.pair) pack(tokens, part.head);
             packed = part.pair;

@@ -50,17 +50,19 @@ struct Sequence {
     int64_t result(int64_t i) const { return (image * p.N + token(i)) * p.heads * p.d; }
 };
 
-/* One item: a part of a sequence's queries in one head. */
+/* One item: some of a sequence's blocks of queries, in one head. A head's bias stays in L2 for all windows. */
 struct Part {
-    int64_t pair, head, sequence, from, to;  // blocks of `block` queries
+    const int64_t pair, head;
+    const Sequence tokens;
+    const int64_t blocks, from, to;
 
-    Part(const Attention &p, int64_t item) {
-        pair = item / p.splits;
-        // A head's bias stays in L2 for all windows.
-        head = p.bias ? pair / p.sequences : pair % p.heads, sequence = p.bias ? pair % p.sequences : pair / p.heads;
-        from = item % p.splits, to = from + 1;
-    }
-    void of_blocks(int64_t blocks, int64_t splits) { from = blocks * from / splits, to = blocks * to / splits; }
+    Part(const Attention &p, int64_t item, int64_t block)
+        : pair(item / p.splits),
+          head(p.bias ? pair / p.sequences : pair % p.heads),
+          tokens(p, p.bias ? pair % p.sequences : pair / p.heads),
+          blocks((tokens.count + block - 1) / block),
+          from(blocks * (item % p.splits) / p.splits),
+          to(blocks * (item % p.splits + 1) / p.splits) {}
 };
 
 rf_cpu_status attention_f32(Attention &problem, int threads);

@@ -171,9 +171,8 @@ struct Body {
         }
 
         void run(int64_t item) {
-            Part part(p, item);
-            const Sequence tokens(p, part.sequence);
-            part.of_blocks((tokens.count + LANES - 1) / LANES, p.splits);
+            const Part part(p, item, LANES);
+            const Sequence &tokens = part.tokens;
             if (part.from == part.to) return;
             if (packed != part.pair) pack(tokens, part.head);
             packed = part.pair;

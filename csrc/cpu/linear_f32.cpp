@@ -246,8 +246,7 @@ struct Body {
                         multiply<1>(weights[odd], x, sums[other], units, rows);
                     before.start(sums[other], 32 * pair, n);
                 }
-                following.advance(1 << 30);
-                n = after;
+                n = after;  // all of it is split: pairs · rows are PANEL or more
             }
             before.advance(Epilogue<ACT>::UNITS);
         }
