@@ -39,7 +39,10 @@ def embed(image: torch.Tensor, p: int, dtype: torch.dtype, backend: str, rows=No
 @needs_amx
 @pytest.mark.parametrize("p", (16, 14, 3))
 @pytest.mark.parametrize("kind", (torch.float32, BF16, torch.uint8, "packed"))
-def test_patches(p, kind, calls):
+@pytest.mark.parametrize("at_once", (1, 1 << 20))
+def test_patches(p, kind, at_once, calls, monkeypatch):
+    """`at_once`: values of images that are normalised together, the second all of them."""
+    monkeypatch.setattr(sys.modules["radio_fast.ops.patch_embed"], "CPU_VALUES", at_once)
     image = torch.rand(2, 3, 2 * p, 3 * p, generator=torch.Generator().manual_seed(0))
     packing = ()
     if kind == "packed":  # two images, of two and four patches, each after three rows of its prefix
