@@ -95,9 +95,8 @@ class Gate:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
             raise self.too_large()
-        if (
-            method == "POST" and path in EMBEDS
-        ):  # at overload most requests end here: reading one costs more than its answer
+        # At overload most requests end here: reading one costs more than its answer.
+        if method == "POST" and path in EMBEDS:
             self.service.check_room()
 
     def too_large(self) -> ApiError:
