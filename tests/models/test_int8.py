@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import radio_fast
 from radio_fast import native_cpu, ops
 from radio_fast.layers.linear_int8 import LinearInt8
 from radio_fast.layers.mlp import Linear
+from radio_fast.models import int8
 from radio_fast.models.int8 import even_out, fill_int8, mean_squares
 from tests.conftest import golden_source
 from tests.numerics import assert_tokens
@@ -246,3 +248,15 @@ def test_random_weights_of_a_version():
     layers = [module for module in model.modules() if isinstance(module, LinearInt8)]
     assert len(layers) == 48 and not any(isinstance(module, nn.Linear) for module in model.blocks.modules())
     assert ops.unpack_int8(layers[0].weight, 2304, 768).abs().amax() == 127
+
+
+def test_loading_gives_memory_back(monkeypatch):
+    """Once, when all blocks are there; and nothing where the C library has no such call."""
+    calls = []
+    library = SimpleNamespace(malloc_trim=calls.append)
+    monkeypatch.setattr(int8, "ctypes", SimpleNamespace(CDLL=lambda name: library))
+    monkeypatch.setattr(int8, "sys", SimpleNamespace(platform="linux"))
+    radio_fast.load(golden_source("vit_h16"), dtype="int8")
+    assert calls == [0]
+    del library.malloc_trim
+    int8._give_back()
