@@ -347,6 +347,7 @@ def blocks(
     after: Norm | None = None,
     window: tuple[int, int, int] | None = None,
     cu_seqlens: Tensor | None = None,
+    calls: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Transformer blocks one after another: (the last one's output, `after` of that, or None). Every value is what
     `linear`, `attention` and `layer_norm` give.
@@ -355,6 +356,7 @@ def blocks(
         x: (B, N, D), bfloat16, or float32 beside weights in float32. normed: the first block's norm1 of it, or None.
         chain: the blocks, one or more. after: the norm after them, in their dtype.
         window: as for `attention`. cu_seqlens: (images + 1,) int32, from 0 to N, beside x (1, N, D) of packed images.
+        calls: how many blocks go into each call; all into one.
 
     Raises:
         ValueError: the head dim, or what cu_seqlens hold. NotImplementedError: the CPU has no AMX. MemoryError.
@@ -382,5 +384,7 @@ def blocks(
         kinds = ACTIVATIONS[block.activation], DTYPES[x.dtype], DTYPES[block.norm1.weight.dtype], threads
         both = *_pack_norm(block.norm1), *_pack_norm(block.norm2)
         packed.append(_BLOCK.pack(*addresses, *both, *following, *layers, *sizes, *kinds))
-    _call("rf_cpu_blocks", b"".join(packed), len(packed))
+    left = iter(packed)
+    for count in calls or (len(packed),):
+        _call("rf_cpu_blocks", b"".join(itertools.islice(left, count)), count)
     return out, None if after is None else out_normed

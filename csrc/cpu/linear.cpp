@@ -1,4 +1,5 @@
-/* Linear layers in bfloat16, on AMX: out = residual + act(x · weightᵀ + bias), worked out as (weight · xᵀ)ᵀ.
+/* Linear layers in bfloat16, on AMX: out = residual + act(x · weightᵀ + bias), worked out as (weight · xᵀ)ᵀ. Of few rows:
+ * many go to linear_rows.cpp.
  *
  * Tiles of the weight are loaded from where it lies: there is no second copy of it, nor time spent on one. (A float32
  * weight is rounded 32 rows × 768 columns at a time, which stay in L1, and the last columns copied there where K is no
@@ -19,6 +20,7 @@ using namespace amx;
 constexpr int PANEL = 32;             // features, and tokens, of the sums that tiles hold; half of both halves' for SwiGLU
 constexpr int64_t STEPS = 24;         // of 32 columns: 32 features' 48 KiB are L1
 constexpr int64_t X_BYTES = 1 << 20;  // of rearranged x: half of L2, the other half is for the weight's rows
+constexpr int64_t MANY = 384;         // rows of x, from which on linear_rows.cpp is the faster one
 
 struct Problem {
     const bf16 *x;
@@ -330,9 +332,9 @@ rf_cpu_status rf_cpu_linear(
         return fail(RF_CPU_BAD_ARGUMENT, "no weight of dtype %d for dtype %d", weight_dtype, dtype);
     if (!*rf_cpu_features()) return fail(RF_CPU_UNSUPPORTED, "this CPU, or the system, has no AMX");
     if (!M || !N) return RF_CPU_OK;
-    if (dtype == RF_CPU_FLOAT32)
-        return linear_f32(
-            {x, weight, bias, residual, out, M, N, K, stride_x, stride_w, stride_r, stride_o}, activation, threads);
+    const Linear layer{x, weight, bias, residual, out, M, N, K, stride_x, stride_w, stride_r, stride_o};
+    if (dtype == RF_CPU_FLOAT32) return linear_f32(layer, activation, threads);
+    if (M >= MANY) return linear_rows(layer, weight_dtype, activation, threads);
     Problem p{};
     p.x = (const bf16 *)x, p.weight = (const char *)weight, p.bias = bias, p.residual = (const bf16 *)residual;
     p.out = (bf16 *)out, p.M = M, p.N = N, p.K = K;

@@ -1,4 +1,4 @@
-/* What linear.cpp hands to linear_f32.cpp. */
+/* What linear.cpp hands to linear_rows.cpp and linear_f32.cpp. */
 #ifndef RADIO_FAST_CPU_LINEAR_H
 #define RADIO_FAST_CPU_LINEAR_H
 
@@ -15,6 +15,7 @@ struct Linear {
     int64_t M, N, K, stride_x, stride_w, stride_r, stride_o;
 };
 
+rf_cpu_status linear_rows(const Linear &layer, int weight_dtype, int activation, int threads);
 rf_cpu_status linear_f32(const Linear &layer, int activation, int threads);
 
 }  // namespace rf

@@ -1,8 +1,10 @@
 /* Linear layers in int8 on AMX: out = residual + act(x · weightᵀ + bias), x made int8 row by row on the way.
  *
  * The weight is the second operand here, rearranged once for good, unlike linear.cpp's: sums then are rows of tokens, and
- * finishing them, which takes as long for half the time of multiplying, has nothing to transpose. 32 tokens × 32 features
- * of sums are in tiles for 1536 of K. x is read twice, its largest magnitude first, the second time from L2.
+ * finishing them, which takes as long for half the time of multiplying, has nothing to transpose. x is read twice, its
+ * largest magnitude first, the second time from L2. Few rows meet the weight panel after panel, as it comes from memory.
+ * Of many rows 32 at a time meet a group of panels that is in L2, with 1024 columns in L1: results are then stored in
+ * longer rows, in fewer pages at once.
  */
 #include "cpu.h"
 
@@ -14,8 +16,11 @@ namespace {
 using namespace amx;
 
 constexpr int PANEL = 32;             // features, and tokens, of the sums that tiles hold
-constexpr int64_t STEPS = 24;         // of 64 columns: 32 features' 48 KiB are L1
-constexpr int64_t X_BYTES = 1 << 20;  // of x in int8: half of L2, the other half is for the weight
+constexpr int64_t STEPS = 16;         // of 64 columns: 32 tokens' 32 KiB of L1
+constexpr int64_t X_BYTES = 3 << 18;  // of x in int8: what L2 has beside a group of the weight's panels, and the next one
+constexpr int64_t GROUP_BYTES = 1 << 19;
+constexpr int64_t MOST_PANELS = 16;   // in a group, whatever K
+constexpr int64_t MANY_TILES = 24;    // of 16 tokens, in a block of x: from there on the weight comes in groups
 constexpr float TINY = 0x1p-100f;     // a row without larger values counts as zeros: 127 / TINY is finite
 
 struct Problem {
@@ -27,6 +32,7 @@ struct Problem {
     int64_t M, N, K, stride_x, stride_r, stride_o;
     int64_t steps, panels;        // of 64 columns, of 32 features
     int64_t blocks, block_tiles;  // of x: how many, and the tiles of 16 tokens in each
+    int64_t group, chunk;         // panels, and steps, that one 32 tokens meet after another
     int64_t block_panels;         // of the weight's panels, one item; all of them where x has many blocks
     float *x_scales;
     char *packed;                 // x, where it is one block for all threads
@@ -93,58 +99,55 @@ inline __m512 short_gelu(__m512 x) {
     return _mm512_mul_ps(x, _mm512_fmadd_ps(t, r, _mm512_set1_ps(0.5f)));
 }
 
-/* The sums of 16 or 32 tokens × 32 features on their way to memory, a token at a time. */
+/* Sums of 16 or 32 tokens on their way to memory, row by row, a panel's results at a time, between the tile instructions
+ * for the next ones. */
 template <int ACT, bool RESIDUAL>
 struct Epilogue {
     const Problem &p;
-    const float *sums = nullptr;  // tiles: tokens 0…15 × features 0…15, × features 16…31, tokens 16…31 × …
-    alignas(64) float scales[PANEL], bias[PANEL];
-    int row = 0, rows = 0;
-    int64_t token = 0, first = 0;
-    __mmask32 mask = 0;
+    const float *tiles = nullptr, *sums = nullptr;  // 4 for each panel: tokens 0…15 × features 0…15, × features 16…31, …
+    int64_t first = 0, panels = 0, token = 0;
+    int64_t row = 0, rows = 0, panel = 0, due = 0;
 
     explicit Epilogue(const Problem &problem) : p(problem) {}
 
-    void panel(int64_t n) {
-        const __mmask32 there = mask_of(p.N - n);
-        for (int half = 0; half < 2; half++) {
-            const __mmask16 m = (__mmask16)(there >> 16 * half);
-            const int64_t at = n + 16 * half;
-            _mm512_store_ps(scales + 16 * half, _mm512_maskz_loadu_ps(m, p.weight_scales + at));
-            _mm512_store_ps(bias + 16 * half, p.bias ? _mm512_maskz_loadu_ps(m, p.bias + at) : _mm512_setzero_ps());
-        }
-        first = n, mask = there;
+    void start(const float *from, int64_t m, int columns, int64_t n, int64_t count) {
+        tiles = sums = from, token = m, first = n, panels = count, row = panel = due = 0;
+        rows = p.M - m < 16 * columns ? p.M - m : 16 * columns;
     }
 
-    void start(const float *tiles, int64_t m, int columns) {
-        sums = tiles, token = m, row = 0, rows = p.M - m < 16 * columns ? (int)(p.M - m) : 16 * columns;
-        // Where the next 32 tokens are stored and their residuals lie: lines of L3 would be waited for.
-        for (int64_t r = m + PANEL; r < m + 2 * PANEL && r < p.M; r++) {
-            __builtin_prefetch(p.out + r * p.stride_o + first, 1, 2);
-            if (RESIDUAL) __builtin_prefetch(p.residual + r * p.stride_r + first, 0, 2);
-        }
-    }
-
-    inline __attribute__((always_inline)) __m512 finish(const float *at, int half, __m512 x_scale) {
-        __m512 y = _mm512_cvtepi32_ps(_mm512_load_si512(at));
-        y = _mm512_fmadd_ps(_mm512_mul_ps(y, x_scale), _mm512_load_ps(scales + half), _mm512_load_ps(bias + half));
+    inline __attribute__((always_inline)) __m512 finish_half(const float *at, int64_t n, __mmask16 mask, __m512 x_scale) {
+        const __m512 scale = _mm512_maskz_loadu_ps(mask, p.weight_scales + n);
+        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), x_scale);
+        y = p.bias ? _mm512_fmadd_ps(y, scale, _mm512_maskz_loadu_ps(mask, p.bias + n)) : _mm512_mul_ps(y, scale);
         return ACT == RF_CPU_GELU ? short_gelu(y) : y;
     }
 
-    void run(int r) {
-        const float *at = sums + (r >> 4) * 512 + (r & 15) * 16;
-        const __m512 x_scale = _mm512_set1_ps(p.x_scales[token + r]);
-        __m512 a = finish(at, 0, x_scale), b = finish(at + 256, 16, x_scale);
+    inline __attribute__((always_inline)) void finish() {
+        const int64_t n = first + panel * PANEL, m = token + row;
+        const __mmask32 mask = mask_of(p.N - n);
+        const __mmask16 low = (__mmask16)mask, high = (__mmask16)(mask >> 16);
+        const __m512 x_scale = _mm512_set1_ps(p.x_scales[m]);
+        __m512 a = finish_half(sums, n, low, x_scale), b = finish_half(sums + 256, n + 16, high, x_scale);
         if (RESIDUAL) {
-            const bf16 *from = p.residual + (token + r) * p.stride_r + first;
-            a = _mm512_add_ps(a, widen(_mm256_maskz_loadu_epi16((__mmask16)mask, from)));
-            b = _mm512_add_ps(b, widen(_mm256_maskz_loadu_epi16((__mmask16)(mask >> 16), from + 16)));
+            const bf16 *from = p.residual + m * p.stride_r + n;
+            a = _mm512_add_ps(a, widen(_mm256_maskz_loadu_epi16(low, from)));
+            b = _mm512_add_ps(b, widen(_mm256_maskz_loadu_epi16(high, from + 16)));
         }
-        _mm512_mask_storeu_epi16(p.out + (token + r) * p.stride_o + first, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        _mm512_mask_storeu_epi16(p.out + m * p.stride_o + n, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        sums += 1024;
+        if (++panel < panels) return;
+        panel = 0, row++;
+        sums = tiles + (row >> 4) * 512 + (row & 15) * 16;
     }
 
-    inline __attribute__((always_inline)) void advance(int count) {
-        for (; count > 0 && row < rows; count--) run(row++);
+    /* What of the results is due after one more of all steps. */
+    inline __attribute__((always_inline)) void advance() {
+        for (due += PANEL; due >= p.steps; due -= p.steps)
+            if (row < rows) finish();
+    }
+
+    void end() {
+        while (row < rows) finish();
     }
 };
 
@@ -161,12 +164,12 @@ struct Body {
         Tiles tiles;
         Epilogue<ACT, RESIDUAL> before;
         char *packed;
-        float *sums;  // 4 tiles for each 32 tokens
+        float *sums[2];  // of a group's panels, 4 tiles each: of tokens that are even and odd in number
 
         explicit Local(Body &body) : p(body.p), before(body.p) {
             const size_t pairs = (p.block_tiles + 1) / 2, x = p.packed ? 0 : pairs * p.steps * 2 * TILE;
-            packed = (char *)scratch(0, x + pairs * 4 * TILE);
-            sums = (float *)(packed + x);
+            packed = (char *)scratch(0, x + 2 * p.group * 4 * TILE);
+            sums[0] = (float *)(packed + x), sums[1] = sums[0] + p.group * 1024;
         }
 
         bool ready() const { return packed != nullptr; }
@@ -174,7 +177,7 @@ struct Body {
         /* x, w: two tiles for each step. `next`: of the weight, asked for, or it would be waited for. */
         template <int COLUMNS>
         void multiply(
-            const char *x, const char *w, float *c, int64_t steps, bool fresh, int units, const char *&next, int lines) {
+            const char *x, const char *w, float *c, int64_t steps, bool fresh, const char *&next, int lines) {
             if (fresh)
                 zero_sums();
             else
@@ -190,10 +193,9 @@ struct Body {
                     _tile_dpbssd(2, 5, 6);
                     _tile_dpbssd(3, 5, 7);
                 }
-                before.advance(units);
+                before.advance();
                 for (int line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
             }
-            before.advance(PANEL);
             store_sums(c);
         }
 
@@ -218,28 +220,31 @@ struct Body {
                 for (int64_t t = t0; t < t1; t++) pack_tokens(p, 16 * t, at(packed, t - t0));
                 x = packed;
             }
-            const int64_t pairs = (t1 - t0 + 1) / 2, some = p.steps < STEPS ? p.steps : STEPS;
-            const int units = (int)((PANEL + some - 1) / some);
+            const int64_t pairs = (t1 - t0 + 1) / 2, bytes = p.steps * 2 * TILE;
             const int lines = (int)((2 * TILE / 64 + pairs - 1) / pairs);
-            for (int64_t n = n0; n < n1; n++) {
-                const char *w = p.weight + n * p.steps * 2 * TILE, *next = w + p.steps * 2 * TILE;
-                for (int64_t step = 0; step < p.steps; step += STEPS) {
-                    const int64_t steps = p.steps - step < STEPS ? p.steps - step : STEPS;
-                    for (int64_t t = t0; t < t1; t += 2) {
+            int64_t turn = 0;
+            for (int64_t n = n0; n < n1; n += p.group) {
+                const int64_t count = n1 - n < p.group ? n1 - n : p.group;
+                const char *w = p.weight + n * bytes, *next = w + count * bytes;
+                for (int64_t t = t0; t < t1; t += 2, turn++) {
+                    const int pair = t + 1 < t1 ? 2 : 1;
+                    float *c = sums[turn & 1];
+                    for (int64_t step = 0; step < p.steps; step += p.chunk) {
+                        const int64_t steps = p.steps - step < p.chunk ? p.steps - step : p.chunk;
                         const char *tokens = x + ((t - t0) * p.steps + 2 * step) * TILE;
-                        float *c = sums + (t - t0) * 2 * 256;
-                        const int pair = t + 1 < t1 ? 2 : 1;
-                        if (pair == 2)
-                            multiply<2>(tokens, w + 2 * step * TILE, c, steps, step == 0, units, next, lines);
-                        else
-                            multiply<1>(tokens, w + 2 * step * TILE, c, steps, step == 0, units, next, lines);
-                        if (step + STEPS < p.steps) continue;
-                        if (t == t0) before.panel(n * PANEL);
-                        before.start(c, 16 * t, pair);
+                        for (int64_t i = 0; i < count; i++) {
+                            const char *features = w + i * bytes + 2 * step * TILE;
+                            if (pair == 2)
+                                multiply<2>(tokens, features, c + i * 1024, steps, step == 0, next, lines);
+                            else
+                                multiply<1>(tokens, features, c + i * 1024, steps, step == 0, next, lines);
+                        }
                     }
+                    before.end();
+                    before.start(c, 16 * t, pair, n * PANEL, count);
                 }
             }
-            before.advance(PANEL);
+            before.end();
         }
     };
 };
@@ -265,6 +270,10 @@ rf_cpu_status launch(Problem &p, int threads) {
         p.block_tiles = (tiles + p.blocks - 1) / p.blocks;
         p.block_panels = p.panels;
     }
+    const bool many = p.block_tiles >= MANY_TILES;
+    const int64_t fit = many ? GROUP_BYTES / (p.steps * 2 * TILE) : 1, chunks = (p.steps + STEPS - 1) / STEPS;
+    p.group = fit < 1 ? 1 : fit < MOST_PANELS ? fit : MOST_PANELS;
+    p.chunk = many ? (p.steps + chunks - 1) / chunks : p.steps;
     Body<ACT, RESIDUAL> body{p};
     const int64_t items = p.packed ? tiles + (p.panels + p.block_panels - 1) / p.block_panels : p.blocks;
     return for_each(items, threads, body) ? RF_CPU_OK : fail(RF_CPU_NO_MEMORY, "no memory for the input in int8");

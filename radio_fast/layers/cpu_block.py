@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", _dispatch.CPU_OR_REFERENCE)
 OPS = (LINEAR, LINEAR_ADD_NORM, LAYER_NORM, ADD_LAYER_NORM, ATTENTION, LINEAR_INT8)
-# Multiply-adds in one call, about 50 ms: only between calls Ctrl-C is heard.
+# Multiply-adds after which a call ends, about 50 ms: only between calls Ctrl-C is heard.
 LONGEST = {torch.bfloat16: 1 << 36, torch.float32: 1 << 33}
 
 
@@ -38,9 +38,9 @@ def run(
     after: LayerNorm | DynamicTanh | None,
     window: tuple[int, int, int] | Segments | int | None,
 ) -> tuple[Tensor, Tensor | None, int] | None:
-    """`Block.step` of as many of `blocks` as go into one call, to the bit: (x, the next one's norm1 of it, how many).
+    """`Block.step` of as many of `blocks` as the kernels take, to the bit: (x, the next one's norm1 of it, how many).
 
-    `after`: the norm after all of them. None where the first one's parts have to be called: any of them is not as it
+    `after`: the norm after all of them. None where the first one's parts are to be called: any of them is not as it
     was made, or another implementation runs it, or it is not for the kernel.
     """
     if torch.compiler.is_compiling() or x.dtype not in _dispatch.CPU_DTYPES or x.ndim != 3 or _has_any_global_hook():
@@ -55,17 +55,19 @@ def run(
         window = None
     elif window is not None and not (type(window) is tuple and _tiles(window, x)):
         return None
-    chain, work = [], 0
+    chain, calls, work = [], [0], 0
     for block in blocks:
         parameters = _parameters(block, x.shape[2])
         if parameters is None or (chain and parameters.norm1.weight.dtype != chain[0].norm1.weight.dtype):
             break
         if x.dtype == torch.float32 and any(part.weight.dtype != x.dtype for part in parameters[:6]):
             break
-        chain.append(parameters)
-        work += x.shape[0] * x.shape[1] * sum(layer.weight.numel() for layer in parameters[2:6])
         if work > LONGEST[x.dtype]:
-            break
+            calls.append(0)
+            work = 0
+        chain.append(parameters)
+        calls[-1] += 1
+        work += x.shape[0] * x.shape[1] * sum(layer.weight.numel() for layer in parameters[2:6])
     if not chain:
         return None
     if len(chain) < len(blocks):
@@ -75,7 +77,7 @@ def run(
     others = [normed, starts, *(after or ())[:2]]
     if not _dispatch.kernels_run_all(OPS, (x, *(t for t in others if t is not None), *tensors)):
         return None
-    return *native_cpu.blocks(x, normed, chain, after, window, starts), len(chain)
+    return *native_cpu.blocks(x, normed, chain, after, window, starts, calls), len(chain)
 
 
 def _packs(starts: Tensor, lengths: tuple[int, ...], x: Tensor) -> bool:

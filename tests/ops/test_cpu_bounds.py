@@ -60,7 +60,7 @@ class Fence:
 
 def linear(make: Fence):
     for x_dtype, dtype in ((BF16, BF16), (BF16, torch.float32), (torch.float32, torch.float32)):
-        for M, N, K, apart in ((1, 1, 1, 0), (17, 33, 50, 3), (33, 64, 96, 0), (16, 47, 801, 7), (206, 70, 1024, 0)):
+        for M, N, K, apart in ((1, 1, 1, 0), (17, 33, 50, 3), (33, 64, 96, 0), (16, 47, 801, 7), (206, 70, 1024, 0), (401, 33, 45, 3)):
             bias = make.random(2 * N, dtype=torch.float32)
             weight = make.random(2 * N, K, dtype=dtype, apart=apart)
             x, residual = (make.random(M, width, dtype=x_dtype, apart=apart) for width in (K, 2 * N))
@@ -70,7 +70,7 @@ def linear(make: Fence):
 
 
 def linear_int8(make: Fence):
-    for M, N, K, apart in ((1, 1, 1, 0), (17, 33, 50, 3), (33, 64, 128, 0), (206, 70, 1601, 0)):
+    for M, N, K, apart in ((1, 1, 1, 0), (17, 33, 50, 3), (33, 64, 128, 0), (206, 70, 1601, 0), (790, 70, 65, 5)):
         weight = make.keep(ops.pack_int8(torch.randint(-127, 128, (N, K), dtype=torch.int8)))
         scale, bias = make.random(N, dtype=torch.float32), make.random(N, dtype=torch.float32)
         x, residual = make.random(M, K, apart=apart), make.random(M, N, apart=apart)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 BF16 = torch.bfloat16
 ROWS = (1, 15, 16, 17, 31, 33, 64, 206)
+FEW = 383  # rows of bfloat16, up to which they meet the weight panel after panel; more of them meet blocks of it
 OUTLIER = 200.0
 DTYPE = BF16
 
@@ -118,16 +119,46 @@ def test_linear_and_what_follows_it(activation, residual, bias, threads):
     check_linear(x, weight, shift, activation, random(2, 103, 200, seed=3) if residual else None)
 
 
-def test_linear_of_many_rows_in_blocks_of_them(threads):
+def test_linear_of_rows_in_blocks_of_them(threads):
     """More of x than half of L2: each thread rearranges its own part."""
-    check_linear(random(700, 2048), random(64, 2048, seed=1) / 45, None)
+    check_linear(random(350, 4096), random(64, 4096, seed=1) / 64, None)
+
+
+@pytest.mark.parametrize("dtype", (BF16,), indirect=True)
+@pytest.mark.parametrize("M", (384, 385, 401, 431, 897))
+@pytest.mark.parametrize("N, K", [(2, 32), (32, 1), (34, 50), (66, 800), (62, 1050), (130, 2031)])
+def test_linear_of_many_rows(M, N, K, monkeypatch, threads):
+    """To the bit what few of them give: the same products are added up in the same order."""
+    made = guarded(monkeypatch)
+    x, residual, bias = random(M, K), random(M, N, seed=3), random(N, seed=2, dtype=torch.float32)
+    weight = random(N, K, seed=1) / K**0.5
+    check_linear(x, weight, bias, "gelu", residual)
+    for activation, shift, others in (
+        *((None, None, None), (None, bias, residual), ("gelu", bias, None), ("gelu", None, None)),
+        *(("swiglu", bias, None), ("swiglu", None, None)),
+    ):
+        together = native_cpu.linear(x, weight, shift, activation, others)
+        parts = [
+            native_cpu.linear(x[m : m + FEW], weight, shift, activation, None if others is None else others[m : m + FEW])
+            for m in range(0, M, FEW)
+        ]
+        assert torch.equal(together, torch.cat(parts))
+    assert_guarded(made)
+
+
+@pytest.mark.parametrize("dtype", (BF16,), indirect=True)
+def test_linear_of_many_rows_in_several_blocks_of_the_weight(threads):
+    """More of it than half of L2, and more panels than a block has; threads that have none take part in the others'."""
+    check_linear(random(400, 3000), random(300, 3000, seed=1) / 55, None, None, random(400, 300, seed=2))
+    check_linear(random(900, 40), random(1800, 40, seed=1) / 6, random(1800, seed=3, dtype=torch.float32), "gelu")
 
 
 @pytest.mark.parametrize("dtype", (BF16,), indirect=True)
 @pytest.mark.parametrize("N, K", [(1, 32), (33, 96), (32, 50), (96, 800), (70, 2031)])
-def test_linear_rounds_a_float32_weight_as_it_reads(N, K, monkeypatch, threads):
+@pytest.mark.parametrize("M", (206, FEW + 18))
+def test_linear_rounds_a_float32_weight_as_it_reads(M, N, K, monkeypatch, threads):
     made = guarded(monkeypatch)
-    x, residual = random(206, K), random(206, N, seed=3)
+    x, residual = random(M, K), random(M, N, seed=3)
     block = torch.full((N + 2, K + 64), float("nan"))
     block[1:-1, 32:-32] = random(N, K, seed=1, dtype=torch.float32) / K**0.5
     weight = block[1:-1, 32:-32]
@@ -176,8 +207,9 @@ def test_linear_reads_nothing_beyond_its_arguments(dtype):
     for K in (96, 79):
         weight = inside(35, K, seed=1)
         weight /= 9
-        check_linear(inside(17, K, seed=0), weight, bias[2:-2], "gelu", inside(17, 35, seed=2))
-        check_linear(inside(17, K, seed=0), weight[1:], bias[2:-3], "swiglu")
+        for M in (17, FEW + 16):
+            check_linear(inside(M, K, seed=0), weight, bias[2:-2], "gelu", inside(M, 35, seed=2))
+            check_linear(inside(M, K, seed=0), weight[1:], bias[2:-3], "swiglu")
 
 
 def test_gelu_of_what_vanishes(dtype):
@@ -188,8 +220,9 @@ def test_gelu_of_what_vanishes(dtype):
     assert native_cpu.linear(x * torch.nan, torch.ones(1, 1, dtype=dtype), None, "gelu", None).isnan().all()
 
 
-def test_a_nan_stays_in_its_row():
-    x = random(40, 64)
+@pytest.mark.parametrize("M", (40, FEW + 1))
+def test_a_nan_stays_in_its_row(M):
+    x = random(M, 64)
     x[3, 5] = float("nan")
     out = native_cpu.linear(x, random(48, 64, seed=1), None, None, None)
     assert out[3].isnan().all() and not out[:3].isnan().any() and not out[4:].isnan().any()
@@ -354,9 +387,10 @@ def test_layer_norm_of_strided_rows():
 def test_several_threads_at_once():
     """Each has its own tiles and memory; results are those of a call alone."""
     x, weight, qkv = random(70, 256), random(96, 256, seed=1), random(2, 50, 3 * 64)
+    rows = random(FEW + 40, 256, seed=2)
 
     def run():
-        linear = native_cpu.linear(x, weight, None, "gelu", None)
+        linear = torch.cat([native_cpu.linear(x, weight, None, "gelu", None) for x in (x, rows)])
         return linear, native_cpu.attention(qkv, 1), native_cpu.layer_norm(x, x, x[0], None, 1e-6, 1.0)[1]
 
     alone, failures = run(), []
@@ -386,11 +420,12 @@ def test_nobody_reads_what_another_thread_has_yet_to_rearrange():
 
 
 def test_the_same_result_whatever_the_threads():
-    x, weight, qkv = random(206, 256), random(300, 256, seed=1), random(1, 206, 3 * 64)
+    x, weight, qkv = random(1700, 256), random(300, 256, seed=1), random(1, 206, 3 * 64)
     results, before = [], torch.get_num_threads()
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        results.append((native_cpu.linear(x, weight, None, None, None), native_cpu.attention(qkv, 1)))
+        few, many = (native_cpu.linear(rows, weight, None, None, None) for rows in (x[:206], x))
+        results.append((few, many, native_cpu.attention(qkv, 1)))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
