@@ -60,7 +60,8 @@ class Fence:
 
 def linear(make: Fence):
     for x_dtype, dtype in ((BF16, BF16), (BF16, torch.float32), (torch.float32, torch.float32)):
-        for M, N, K, apart in ((1, 1, 1, 0), (17, 33, 50, 3), (33, 64, 96, 0), (16, 47, 801, 7), (206, 70, 1024, 0), (401, 33, 45, 3)):
+        sizes = (1, 1, 1, 0), (17, 33, 50, 3), (33, 64, 96, 0), (16, 47, 801, 7), (206, 70, 1024, 0), (401, 33, 45, 3)
+        for M, N, K, apart in sizes:
             bias = make.random(2 * N, dtype=torch.float32)
             weight = make.random(2 * N, K, dtype=dtype, apart=apart)
             x, residual = (make.random(M, width, dtype=x_dtype, apart=apart) for width in (K, 2 * N))

@@ -139,8 +139,8 @@ def test_linear_of_many_rows(M, N, K, monkeypatch, threads):
     ):
         together = native_cpu.linear(x, weight, shift, activation, others)
         parts = [
-            native_cpu.linear(x[m : m + FEW], weight, shift, activation, None if others is None else others[m : m + FEW])
-            for m in range(0, M, FEW)
+            native_cpu.linear(rows, weight, shift, activation, None if others is None else others[m : m + FEW])
+            for m, rows in zip(range(0, M, FEW), x.split(FEW), strict=True)
         ]
         assert torch.equal(together, torch.cat(parts))
     assert_guarded(made)

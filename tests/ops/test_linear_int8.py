@@ -145,7 +145,7 @@ def test_many_rows_in_blocks_of_them(threads):
 
 @needs_amx
 def test_many_rows_in_groups_of_panels(threads):
-    """Several groups in a block of x, whose number of 32 tokens is odd: what one leaves to be finished lies elsewhere."""
+    """Several groups in a block of x of an odd number of 32 tokens: what one leaves to be finished lies elsewhere."""
     bias = random(600, seed=2, dtype=torch.float32)
     for M in (900, 945):
         check(random(M, 1601), *weights(600, 1601), bias, "gelu", random(M, 600, seed=3))
