@@ -362,22 +362,23 @@ def blocks(
         ValueError: the head dim, or what cu_seqlens hold. NotImplementedError: the CPU has no AMX. MemoryError.
     """
     out = x.new_empty(x.shape)
-    out_normed = x.new_empty(x.shape) if after is not None or len(chain) > 1 else None
+    out_normed = None if after is None else x.new_empty(x.shape)
     if not out.numel():
-        return out, None if after is None else out_normed
+        return out, out_normed
     images, N, D = x.shape
     hidden = max(block.hidden for block in chain)
-    workspace = x.new_empty(images * N * (max(3 * D, hidden) + 2 * D))
+    workspace = x.new_empty(images * N * (max(3 * D, hidden) + (2 * D if x.dtype == torch.float32 else D)))
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
         images = cu_seqlens.shape[0] - 1
     _, width, side = window or (0, 0, 0)
     x, normed = x.contiguous(), None if normed is None else normed.contiguous()
     norms = [*(_pack_norm(block.norm1) for block in chain[1:]), _pack_norm(after)]
-    inputs = (_address(x), _address(normed)), (out.data_ptr(), _address(out_normed))
+    passed_on = workspace.data_ptr()  # norm1 of the next block: it starts there with what is free by then
+    inputs = (_address(x), _address(normed)), (out.data_ptr(), passed_on)
     threads, packed = torch.get_num_threads(), []
     for i, (block, following) in enumerate(zip(chain, norms, strict=True)):
-        wanted = following[0] and out_normed.data_ptr()
+        wanted = passed_on if i + 1 < len(chain) else _address(out_normed)
         addresses = *inputs[i > 0], out.data_ptr(), wanted, workspace.data_ptr(), _address(cu_seqlens)
         layers = itertools.chain.from_iterable(map(_address, layer) for layer in block[2:6])
         sizes = images, N, D, block.num_heads, block.hidden, width, side
@@ -387,4 +388,4 @@ def blocks(
     left = iter(packed)
     for count in calls or (len(packed),):
         _call("rf_cpu_blocks", b"".join(itertools.islice(left, count)), count)
-    return out, None if after is None else out_normed
+    return out, out_normed

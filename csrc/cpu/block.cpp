@@ -21,9 +21,14 @@ rf_cpu_status run(const rf_cpu_block_arguments &b) {
     const int dtype = static_cast<int>(b.dtype), weights = static_cast<int>(b.weight_dtype), threads = static_cast<int>(b.threads);
     // Below that the threads take longer to start than to work.
     const int norm_threads = rows * D > 1 << 15 ? threads : 1;
-    // What is no longer needed makes room: norm1's result for s, qkv for the hidden values, the attention's for norm2's.
+    // What is no longer needed makes room: norm1's result for the attention's and that for norm2's, qkv for the hidden
+    // values, and the sum of the first half for the second's; but in float32 `out` has unfinished sums in between.
     const int64_t bytes = (dtype == RF_CPU_FLOAT32 ? 4 : 2) * rows * D;
-    char *s = static_cast<char *>(b.workspace), *mixed = s + bytes, *wide = mixed + bytes;
+    char *mixed = static_cast<char *>(b.workspace), *s = mixed + bytes, *wide = s;
+    if (dtype == RF_CPU_FLOAT32)
+        wide += bytes;
+    else
+        s = static_cast<char *>(b.out);
     auto norm = [&](const rf_cpu_norm &n, const void *x, void *out) {
         return rf_cpu_layer_norm(x, nullptr, n.weight, n.bias, nullptr, out, dtype, weights, rows, D, D, 0,
                                  static_cast<float>(n.eps), static_cast<float>(n.scale), norm_threads);
@@ -42,8 +47,8 @@ rf_cpu_status run(const rf_cpu_block_arguments &b) {
     };
     rf_cpu_status status = RF_CPU_OK;
     auto done = [&](rf_cpu_status now) { return (status = now) == RF_CPU_OK; };
-    (b.normed || done(norm(b.norm1, b.x, s))) &&
-        done(linear(b.qkv, b.normed ? b.normed : s, D, nullptr, wide, 3 * D, RF_CPU_NONE)) && done(attention()) &&
+    (b.normed || done(norm(b.norm1, b.x, mixed))) &&
+        done(linear(b.qkv, b.normed ? b.normed : mixed, D, nullptr, wide, 3 * D, RF_CPU_NONE)) && done(attention()) &&
         done(linear(b.proj, mixed, D, b.x, s, D, RF_CPU_NONE)) && done(norm(b.norm2, s, mixed)) &&
         done(linear(b.fc1, mixed, D, nullptr, wide, b.hidden, static_cast<int>(b.activation))) &&
         done(linear(b.fc2, wide, b.hidden, s, b.out, D, RF_CPU_NONE)) &&

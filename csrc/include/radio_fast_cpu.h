@@ -45,7 +45,7 @@ RF_CPU_API const char *rf_cpu_features(void);
  * weight: in `weight_dtype`: `dtype`, or beside bfloat16 float32, which is rounded as it is read. bias: (N) float32, or
  * null. act: one of rf_cpu_activation; the GELU is the exact one. In float32 infinities, and finite values that bfloat16
  * rounds to them, give NaN. SwiGLU: silu(a)·b, of a weight (2·N, K) and bias (2·N) the first half gives a, the second b;
- * there is then no residual. out overlaps nothing else.
+ * there is then no residual. out overlaps nothing else, but in bfloat16 may be the residual.
  */
 RF_CPU_API rf_cpu_status rf_cpu_linear(
     const void *x, const void *weight, const float *bias, const void *residual, void *out, int64_t M, int64_t N,
@@ -102,9 +102,9 @@ typedef struct {
 /* A transformer block in `dtype`, and the next one's first norm:
  *     s = x + proj(attention(qkv(norm1(x)))),  out = s + fc2(act(fc1(norm2(s)))),  out_normed = after(out).
  *
- * x, out, normed, out_normed: (images, N, D), contiguous; out may be x, out_normed be normed, they overlap nothing else.
- * normed: norm1(x) if it is known, else null.
- * out_normed: or null. workspace: of the caller, images · N · (max(3 · D, hidden) + 2 · D) values.
+ * x, out, normed, out_normed: (images, N, D), contiguous; out may be x; normed and out_normed may be one, and lie where the
+ * workspace begins; they overlap nothing else. normed: norm1(x) if it is known, else null. out_normed: or null.
+ * workspace: of the caller, images · N · (max(3 · D, hidden) + D) values, in float32 D more of them a token.
  * Weights but int8's (beside bfloat16 only), and the norms' parameters, in `weight_dtype`, as rf_cpu_linear takes it,
  * contiguous. activation: of fc1, one of rf_cpu_activation.
  * width, window: as for rf_cpu_attention. cu_seqlens: null; or images + 1 numbers, where each packed image begins, 0 to N:
