@@ -20,7 +20,7 @@ from torch import Tensor
 
 from radio_fast import native
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY = "libradio_fast_cpu.so"
 REASON = "libradio_fast_cpu.txt"  # the build leaves it in the library's place: why there is none
 DTYPES = {torch.bfloat16: 1, torch.float32: 2}

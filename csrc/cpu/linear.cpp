@@ -6,7 +6,7 @@
  * multiple of 32.) What has to be rearranged for the tile unit is x, which is small; its tiles stream past L1, where
  * they would push out the weight's rows and the sums. 32 features × 32 tokens of sums are in tiles for 768 of K: spilled
  * every 384 they cost 20 %. Bias, activation, residual and the way back to rows of tokens are worked out between the tile
- * instructions of the next 32 × 32, and the weight's next rows asked for.
+ * instructions of the next 32 × 32, and the weight's next rows may be asked for.
  */
 #include "linear.h"
 
@@ -256,12 +256,14 @@ struct Body {
             const int64_t products = (t1 - t0 + 1) / 2 * p.steps;
             const int64_t some = p.steps < STEPS ? p.steps : STEPS;
             const int units = (int)((40 + some - 1) / some);
+            // Of long rows, or for few tokens, what is asked for comes no sooner than it is wanted, and takes its buffers.
+            const bool ask = p.steps <= 2 * STEPS && products >= 4 * p.steps;
             const int64_t row_bytes = p.K * p.value, stride = p.stride_w * p.value;
             const int lines = (int)((PANEL * row_bytes / 64 + products - 1) / products);
             for (int64_t n = n0; n < n1; n++) {
                 const char *w = p.weight + n * p.width * stride, *after = w + p.width * stride;
                 const int64_t left = p.N - n * p.width;
-                if (n + 1 < n1 && left >= 2 * p.width) next.start(after, after + p.lower * stride, stride, row_bytes);
+                if (ask && n + 1 < n1 && left >= 2 * p.width) next.start(after, after + p.lower * stride, stride, row_bytes);
                 for (int64_t step = 0; step < p.steps; step += STEPS) {
                     const bool last = step + STEPS >= p.steps;
                     const int64_t steps = last ? p.steps - step : STEPS;

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define RF_CPU_ABI_VERSION 4
+#define RF_CPU_ABI_VERSION 5
 
 #if defined(__GNUC__)
 #define RF_CPU_API __attribute__((visibility("default")))
