@@ -9,6 +9,7 @@
 #include "cpu.h"
 
 #include "amx.h"
+#include "rows.h"
 
 namespace rf {
 namespace {
@@ -99,20 +100,18 @@ inline __m512 short_gelu(__m512 x) {
     return _mm512_mul_ps(x, _mm512_fmadd_ps(t, r, _mm512_set1_ps(0.5f)));
 }
 
-/* Sums of 16 or 32 tokens on their way to memory, row by row, a panel's results at a time, between the tile instructions
- * for the next ones. */
+/* From sums to results. */
 template <int ACT, bool RESIDUAL>
-struct Epilogue {
+struct Epilogue : Rows<Epilogue<ACT, RESIDUAL>> {
     const Problem &p;
-    const float *tiles = nullptr, *sums = nullptr;  // 4 for each panel: tokens 0…15 × features 0…15, × features 16…31, …
-    int64_t first = 0, panels = 0, token = 0;
-    int64_t row = 0, rows = 0, panel = 0, due = 0;
+    int64_t first = 0, token = 0;
 
     explicit Epilogue(const Problem &problem) : p(problem) {}
 
-    void start(const float *from, int64_t m, int columns, int64_t n, int64_t count) {
-        tiles = sums = from, token = m, first = n, panels = count, row = panel = due = 0;
-        rows = p.M - m < 16 * columns ? p.M - m : 16 * columns;
+    /* `left`: tokens there are in the block of x from m on, or more. */
+    void start(const float *from, int64_t m, int64_t left, int64_t n, int64_t panels) {
+        this->begin(from, panels, p.M - m < left ? p.M - m : left);
+        token = m, first = n;
     }
 
     inline __attribute__((always_inline)) __m512 finish_half(const float *at, int64_t n, __mmask16 mask, __m512 x_scale) {
@@ -123,7 +122,8 @@ struct Epilogue {
     }
 
     inline __attribute__((always_inline)) void finish() {
-        const int64_t n = first + panel * PANEL, m = token + row;
+        const float *sums = this->sums;
+        const int64_t n = first + this->panel * PANEL, m = token + this->row;
         const __mmask32 mask = mask_of(p.N - n);
         const __mmask16 low = (__mmask16)mask, high = (__mmask16)(mask >> 16);
         const __m512 x_scale = _mm512_set1_ps(p.x_scales[m]);
@@ -134,20 +134,7 @@ struct Epilogue {
             b = _mm512_add_ps(b, widen(_mm256_maskz_loadu_epi16(high, from + 16)));
         }
         _mm512_mask_storeu_epi16(p.out + m * p.stride_o + n, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-        sums += 1024;
-        if (++panel < panels) return;
-        panel = 0, row++;
-        sums = tiles + (row >> 4) * 512 + (row & 15) * 16;
-    }
-
-    /* What of the results is due after one more of all steps. */
-    inline __attribute__((always_inline)) void advance() {
-        for (due += PANEL; due >= p.steps; due -= p.steps)
-            if (row < rows) finish();
-    }
-
-    void end() {
-        while (row < rows) finish();
+        this->move();
     }
 };
 
@@ -193,7 +180,7 @@ struct Body {
                     _tile_dpbssd(2, 5, 6);
                     _tile_dpbssd(3, 5, 7);
                 }
-                before.advance();
+                before.advance(p.steps);
                 for (int line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
             }
             store_sums(c);
@@ -241,7 +228,7 @@ struct Body {
                         }
                     }
                     before.end();
-                    before.start(c, 16 * t, pair, n * PANEL, count);
+                    before.start(c, 16 * t, 16 * pair, n * PANEL, count);
                 }
             }
             before.end();

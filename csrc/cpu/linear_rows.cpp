@@ -15,6 +15,7 @@
 #include <new>
 
 #include "amx.h"
+#include "rows.h"
 
 namespace rf {
 namespace {
@@ -65,23 +66,20 @@ void pack_weight(const Problem &p, const char *from, int rows, char *tiles) {
     }
 }
 
-/* Sums of 32 tokens on their way to memory, row by row, a panel's results at a time, between the tile instructions for
- * the next 32. */
+/* From sums to results. */
 template <int ACT, bool RESIDUAL>
-struct Epilogue {
+struct Epilogue : Rows<Epilogue<ACT, RESIDUAL>> {
     static constexpr int WIDTH = ACT == RF_CPU_SWIGLU ? PANEL / 2 : PANEL;
     const Problem &p;
-    const int64_t first, panels;  // the block's features
-    const float *tiles = nullptr, *sums = nullptr;  // 4 for each panel; what is next of them
-    int64_t row = PANEL, rows = 0, panel = 0, due = 0;
+    const int64_t first, count;  // the block's features and panels
     bf16 *out = nullptr;
     const bf16 *residual = nullptr;
 
-    Epilogue(const Problem &problem, int64_t n, int64_t count) : p(problem), first(n), panels(count) {}
+    Epilogue(const Problem &problem, int64_t n, int64_t panels) : p(problem), first(n), count(panels) {}
 
     void start(const float *from, int64_t m) {
-        tiles = from, row = due = 0, rows = p.M - m < PANEL ? p.M - m : PANEL;
-        out = (bf16 *)p.out + m * p.stride_o + first, panel = 0, sums = tiles;
+        this->begin(from, count, p.M - m);
+        out = (bf16 *)p.out + m * p.stride_o + first;
         if (RESIDUAL) residual = (const bf16 *)p.residual + m * p.stride_r + first;
     }
 
@@ -92,7 +90,8 @@ struct Epilogue {
     }
 
     inline __attribute__((always_inline)) void finish() {
-        const int64_t n = panel * WIDTH, left = p.N - first - n;
+        const float *sums = this->sums;
+        const int64_t n = this->panel * WIDTH, left = p.N - first - n;
         const float *bias = p.bias ? p.bias + first + n : nullptr;
         const __mmask32 mask = left >= WIDTH ? 0xffffffffu >> (32 - WIDTH) : (1u << left) - 1;
         const __mmask16 low = (__mmask16)mask, high = (__mmask16)(mask >> 16);
@@ -109,21 +108,9 @@ struct Epilogue {
             }
             _mm512_mask_storeu_epi16(out + n, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
         }
-        sums += 1024;
-        if (++panel < panels) return;
-        panel = 0, row++, out += p.stride_o;
+        if (!this->move()) return;
+        out += p.stride_o;
         if (RESIDUAL) residual += p.stride_r;
-        sums = tiles + (row >> 4) * 512 + (row & 15) * 16;
-    }
-
-    /* What of the results is due after one more step: all of them when the next 32 tokens have met the block. */
-    inline __attribute__((always_inline)) void advance() {
-        for (due += PANEL; due >= p.steps; due -= p.steps)
-            if (row < rows) finish();
-    }
-
-    void end() {
-        while (row < rows) finish();
     }
 };
 
@@ -183,7 +170,7 @@ struct Body {
                 _tile_stream_loadd(7, w + TILE, 64);
                 _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
-                before.advance();
+                before.advance(p.steps);
             }
             store_sums(c);
         }
