@@ -256,7 +256,7 @@ struct Body {
             const int64_t products = (t1 - t0 + 1) / 2 * p.steps;
             const int64_t some = p.steps < STEPS ? p.steps : STEPS;
             const int units = (int)((40 + some - 1) / some);
-            // Of long rows, or for few tokens, what is asked for comes no sooner than it is wanted, and takes its buffers.
+            // Of long rows, or for few tokens, asking costs more than it brings.
             const bool ask = p.steps <= 2 * STEPS && products >= 4 * p.steps;
             const int64_t row_bytes = p.K * p.value, stride = p.stride_w * p.value;
             const int lines = (int)((PANEL * row_bytes / 64 + products - 1) / products);

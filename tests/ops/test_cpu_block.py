@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import radio_fast
-from radio_fast import native_cpu
+from radio_fast import native_cpu, ops
 from radio_fast.layers import cpu_block
 from radio_fast.layers.attention import Attention
 from radio_fast.layers.block import Block
 from radio_fast.layers.mlp import Mlp, SwiGLU
 from radio_fast.layers.norm import DynamicTanh, LayerNorm
 from radio_fast.layers.packing import Segments
+from radio_fast.native_cpu import BlockParameters, Layer, Norm
 from tests.conftest import golden_source
 from tests.numerics import assert_tokens
 
@@ -56,6 +57,42 @@ def test_the_values_of_its_parts(x_dtype, dtype, known, wanted, B, window, mlp, 
     assert calls == ["rf_cpu_blocks"]
     assert torch.equal(out, expected[0]) and (out_normed is None) == (not wanted)
     assert not wanted or torch.equal(out_normed, expected[1])
+
+
+@pytest.mark.parametrize("kind", ("bfloat16", "float32", "int8"))
+@pytest.mark.parametrize("N", (25, 401))
+def test_buffers_that_serve_twice(kind, N):
+    """Sums of more columns than float32's kernel takes at once; and of rows that are many for those of 16 bits."""
+    dtype, hidden = torch.float32 if kind == "float32" else BF16, 1601
+    shapes = {"qkv": (3 * D, D), "proj": (D, D), "fc1": (hidden, D), "fc2": (D, hidden)}
+    torch.manual_seed(0)
+
+    def layer(rows: int, columns: int) -> Layer:
+        weight, bias = torch.randn(rows, columns) / columns**0.5, torch.randn(rows)
+        if kind != "int8":
+            return Layer(weight.to(dtype), bias)
+        quantised, scale = ops.quantise(weight)
+        return Layer(ops.pack_int8(quantised), bias, scale[:, 0].contiguous())
+
+    def linear(x, layer, activation, residual):
+        if layer.scale is not None:
+            return native_cpu.linear_int8(x, layer.weight, layer.scale, layer.bias, activation, residual)
+        return native_cpu.linear(x, layer.weight, layer.bias, activation, residual)
+
+    layers = {name: layer(*shape) for name, shape in shapes.items()}
+    norm = Norm(torch.randn(D).to(dtype), torch.randn(D).to(dtype), 1e-6, 0.5)
+    block = BlockParameters(norm, norm, *layers.values(), 3, hidden, "gelu")
+    x = expected = torch.randn(1, N, D).to(dtype)
+    given = x.clone()
+    for _ in range(3):
+        y = linear(native_cpu.layer_norm(expected, None, *norm)[1], layers["qkv"], None, None)
+        s = linear(native_cpu.attention(y, 3), layers["proj"], None, expected)
+        y = linear(native_cpu.layer_norm(s, None, *norm)[1], layers["fc1"], "gelu", None)
+        expected = linear(y, layers["fc2"], None, s)
+    for calls in ((), (2, 1)):
+        out, normed = native_cpu.blocks(x, None, [block] * 3, norm, calls=calls)
+        assert torch.equal(out, expected) and torch.equal(x, given)
+        assert torch.equal(normed, native_cpu.layer_norm(expected, None, *norm)[1])
 
 
 def test_nothing_is_written_outside(monkeypatch):
