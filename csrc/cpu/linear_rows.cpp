@@ -5,8 +5,8 @@
  * memory, or from rows whose distance lets them share a few sets of L1. So a block of the weight, all of K, is put into L2
  * in the order of its tiles; past it go 32 tokens at a time, of these up to 512 columns copied in order to L1. (Asking for
  * the next ones meanwhile costs more than it brings, probably as the tile unit's loads wait for the same few buffers.)
- * 32 × 32 sums wait in L2 for their next columns, and to be finished row by row: a line of each row for panel after panel would be in
- * another page each time.
+ * 32 × 32 sums wait in L2 for their next columns, and to be finished row by row: a line of each row for panel after
+ * panel would be in another page each time.
  *
  * The tile instructions add the same products in the same order as in linear.cpp, and the results are the same to the bit.
  */
